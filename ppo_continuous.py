@@ -1,0 +1,822 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=0.9.5", "tensorboard>=2.18", "tqdm", "numpy>=2"]
+# ///
+"""Proximal Policy Optimization (PPO), clipped surrogate, continuous actions: one file from end to end.
+
+    python ppo_continuous.py --env-id Pendulum-v1          trains, evaluates, saves
+    tensorboard --logdir runs                              shows it
+    python ppo_continuous.py --resume runs/NAME            goes on as if it had never stopped
+    python ppo_continuous.py --evaluate runs/NAME          plays the saved agent
+
+Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347 (equation numbers below are its own).
+Read from top to bottom: options, maths, model, environments, train(); plumbing comes last.
+
+Left out: 1. images (ppo_discrete.py has the network for them); 2. recurrent policies; 3. actions that
+are not a Box (ppo_discrete.py); 4. off-policy corrections, curiosity, self-play: other algorithms.
+
+Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observation and A action dimensions.
+"""
+
+import argparse
+import difflib
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """PPO with a clipped surrogate for continuous actions."""
+
+    env_id: str = "Pendulum-v1"
+    """Gymnasium id; `module:Name-v0` imports the module first"""
+    total_timesteps: int = 100_000
+    """environment steps of the whole run, over all environments"""
+    learning_rate: float = 5e-4
+    """Adam's step size (alpha)"""
+    num_envs: int = 8
+    """parallel environments (N)"""
+    num_steps: int = 256
+    """steps of each environment in one rollout (T)"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to zero at the end of the run"""
+    gamma: float = 0.99
+    """discount factor (gamma)"""
+    gae_lambda: float = 0.95
+    """bias against variance of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
+    num_minibatches: int = 32
+    """minibatches that each epoch cuts the N * T rows into"""
+    update_epochs: int = 10
+    """passes over each rollout (K)"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may go from one before its gradient stops (epsilon)"""
+    clip_vloss: bool = False
+    """clip the value loss too, by the same amount"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (c2)"""
+    vf_coef: float = 0.5
+    """weight of the value loss (half of c1: the loss has a 0.5 of its own)"""
+    max_grad_norm: float = 0.5
+    """largest L2 norm of the whole gradient"""
+    target_kl: float | None = None
+    """stop the epochs before a step at which approx_kl exceeds this, in nats (None: never)"""
+    log_std_init: float = -0.5
+    """log standard deviation of the actions at the start, in units of half the action range"""
+    norm_obs: bool = True
+    """normalise observations by running mean and deviation"""
+    norm_reward: bool = True
+    """divide rewards by the running deviation of the discounted return"""
+    seed: int = 1
+    """seed of everything random"""
+    cuda: bool = False
+    """learn on the GPU (small networks are faster on the CPU)"""
+    async_envs: bool = False
+    """run the environments in processes of their own: same results, faster where a step is slow"""
+    run_dir: str | None = None
+    """folder of the run (None: runs/{env_id}__{script}__{seed}__{time})"""
+    checkpoint_every: int | None = None
+    """iterations between checkpoints (None: a tenth of the run)"""
+    eval_episodes: int = 20
+    """deterministic episodes played at the end"""
+    capture_video: bool = False
+    """film the evaluation's first environment into the run folder"""
+    track: bool = False
+    """send the run to Weights & Biases too (its own variables set project and entity)"""
+    resume: str | None = None
+    """folder of a run to go on with; its own arguments are used"""
+    evaluate: str | None = None
+    """folder of a run whose saved agent is to play, without training"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    @property
+    def checkpoint_interval(self) -> int:
+        return self.checkpoint_every or max(1, self.num_iterations // 10)
+
+    def __post_init__(self) -> None:
+        for name, good, rule in [
+            ("total_timesteps", self.total_timesteps >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a positive number"),
+            ("num_envs", self.num_envs >= 1, "at least 1"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
+            ("gae_lambda", 0 <= self.gae_lambda <= 1, "between 0 and 1"),
+            ("num_minibatches", self.num_minibatches >= 1, "at least 1"),
+            ("update_epochs", self.update_epochs >= 1, "at least 1"),
+            ("clip_coef", self.clip_coef > 0, "positive (inf: no clipping)"),
+            ("ent_coef", 0 <= self.ent_coef < math.inf, "zero or a positive number"),
+            ("vf_coef", 0 <= self.vf_coef < math.inf, "zero or a positive number"),
+            ("max_grad_norm", self.max_grad_norm > 0, "positive (inf: no clipping)"),
+            ("target_kl", self.target_kl is None or self.target_kl > 0, "positive, or None"),
+            ("log_std_init", -10 <= self.log_std_init <= 10, "between -10 and 10"),
+            ("seed", self.seed >= 0, "zero or more"),
+            (
+                "checkpoint_every",
+                self.checkpoint_every is None or self.checkpoint_every >= 1,
+                "at least 1, or None",
+            ),
+            ("eval_episodes", self.eval_episodes >= 1, "at least 1"),
+        ]:
+            if not good:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} will not do; it must be {rule}"
+                )
+        rows = f"num_envs * num_steps = {self.batch_size}"
+        if self.batch_size % self.num_minibatches:
+            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            below = max(d for d in divisors if d < self.num_minibatches)
+            above = min((d for d in divisors if d > self.num_minibatches), default=below)
+            would_do = f"{below} would do" if above == below else f"{below} or {above} would do"
+            raise ValueError(
+                f"{rows} does not divide into --num-minibatches {self.num_minibatches}; {would_do}"
+            )
+        if self.minibatch_size == 1:
+            raise ValueError(
+                f"{rows} in --num-minibatches {self.num_minibatches} leaves one row each; 2 or more will do"
+            )
+        if self.num_iterations == 0:
+            raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if self.resume and self.evaluate:
+            raise ValueError("--resume goes on training and --evaluate only plays: give one of them")
+
+
+# ------------------------------------------------------------------------------------------ the maths
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    truncations: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Truncated generalised advantage estimation (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+
+    Row t is transition t and next_values[t] is V of its true successor. A termination has no future, so
+    it removes gamma * V(successor); a truncation has one that was not played, so it keeps it. After
+    either the next row belongs to another episode, so no credit flows back from there.
+    """
+    terminations, truncations = terminations.bool(), truncations.bool()
+    deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
+    decays = gamma * gae_lambda * ~(terminations | truncations)
+    # T steps over N numbers each: numpy is several times faster here than tensors are on any device
+    deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
+    advantages, advantage = np.empty_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage  # eq. 11, as a recursion
+    advantages = torch.as_tensor(advantages, device=values.device)
+    return advantages, advantages + values
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and standard deviation 1."""
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def clipped_policy_loss(
+    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float
+) -> Tensor:
+    """Per-element -L^CLIP (PPO eq. 7), to minimise. All (B,); log-probabilities in nats."""
+    ratio = torch.exp(new_logprobs - old_logprobs)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+
+
+def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
+    """Per-element 0.5 * squared error. All (B,). With a clip_coef, moves beyond it from old_values do not pay.
+
+    not in the paper: the clipping is from its authors' code (openai/baselines, ppo2).
+    """
+    loss = 0.5 * (new_values - returns) ** 2
+    if clip_coef is None:
+        return loss
+    clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
+    return torch.max(loss, 0.5 * (clipped_values - returns) ** 2)
+
+
+def gaussian_logprobs(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log N(actions; mean, exp(log_std)) in nats, summed over A. (..., A), (..., A), (A,) -> (...)."""
+    z = (actions - mean) * torch.exp(-log_std)
+    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy of a diagonal Gaussian in nats, summed over A; the mean has no part in it. (A,) -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """KL(old, new) in nats from samples of old: mean of (r - 1) - log r, r = new / old; never negative.
+
+    Estimator k3 of http://joschu.net/blog/kl-approx.html.
+    """
+    logratio = new_logprobs - old_logprobs
+    return (torch.expm1(logratio) - logratio).mean()
+
+
+def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) -> Tensor:
+    """Share of the ratios that lie outside 1 - clip_coef to 1 + clip_coef."""
+    return ((torch.exp(new_logprobs - old_logprobs) - 1).abs() > clip_coef).float().mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant. (B,), (B,) -> ()."""
+    return 1 - (returns - values).var() / returns.var()
+
+
+def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np.ndarray) -> np.ndarray:
+    """Discounted return, return and length of every episode so far. (T, N), (T, N), (N, 3) -> (T, N, 3).
+
+    start is what the rows before left; the row after a done begins from zero.
+    """
+    per_step = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1).astype(np.float64)
+    decays = np.array([gamma, 1.0, 1.0])
+    sums, carry = np.empty_like(per_step), start
+    for t in range(len(rewards)):
+        sums[t] = per_step[t] + decays * carry
+        carry = sums[t] * ~dones[t, :, None]
+    return sums
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all the rows that update() has seen; saved and loaded with the weights."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows (B, size), exactly: Chan et al. 1979, the formula for two samples made one."""
+        rows = rows.double()
+        mean, var, count = rows.mean(0), rows.var(0, correction=0), len(rows)
+        total = self.count + count
+        delta = mean - self.mean
+        moment2 = self.var * self.count + var * count + delta**2 * self.count * count / total
+        self.mean.add_(delta * count / total)
+        self.var.copy_(moment2 / total)
+        self.count.copy_(total)
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 64 tanh units, orthogonal weights, zero biases."""
+
+    def __init__(self, inputs: int, outputs: int, last_gain: float) -> None:
+        super().__init__()
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Linear(inputs, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, outputs),
+        )
+        for layer, gain in [
+            (self.layer1, math.sqrt(2)),
+            (self.layer2, math.sqrt(2)),
+            (self.layer3, last_gain),
+        ]:
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer3(torch.tanh(self.layer2(torch.tanh(self.layer1(x)))))
+
+
+class Agent(nn.Module):
+    """Gaussian policy, value function and the statistics that both see the world through."""
+
+    def __init__(
+        self, obs_size: int, action_low: Tensor, action_high: Tensor, log_std_init: float, norm_obs: bool
+    ) -> None:
+        super().__init__()
+        action_size = action_low.numel()
+        self.actor = MLP(obs_size, action_size, last_gain=0.01)  # all actions nearly alike at the start
+        self.critic = MLP(obs_size, 1, last_gain=1.0)
+        self.log_std = nn.Parameter(
+            torch.full((action_size,), float(log_std_init))
+        )  # the same in every state
+        self.norm_obs = norm_obs
+        self.obs_moments = RunningMoments(obs_size)
+        self.return_moments = RunningMoments(1)
+        # [-1, 1] becomes [low, high]; where a bound is infinite, actions pass as they are
+        finite = torch.isfinite(action_low) & torch.isfinite(action_high)
+        self.register_buffer("action_low", action_low)
+        self.register_buffer("action_high", action_high)
+        self.register_buffer("action_center", torch.where(finite, (action_low + action_high) / 2, 0.0))
+        self.register_buffer("action_scale", torch.where(finite, (action_high - action_low) / 2, 1.0))
+
+    def normalize_obs(self, obs: Tensor) -> Tensor:
+        """Raw observations (..., O) -> what the networks take."""
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_moments.mean) * torch.rsqrt(self.obs_moments.var + 1e-8)).clamp(-10, 10)
+
+    def normalize_rewards(self, rewards: Tensor) -> Tensor:
+        """Rewards in deviations of the discounted return; not shifted, which would change the task."""
+        var = self.return_moments.var
+        return (rewards / torch.where(var > 0, var.sqrt(), 1.0)).clamp(-10, 10)
+
+    def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised observations (..., O) -> mean (..., A) and log standard deviation (A,) of actions."""
+        return self.actor(obs), self.log_std
+
+    def value(self, obs: Tensor) -> Tensor:
+        """Normalised observations (..., O) -> V(obs) (...), in normalised reward."""
+        return self.critic(obs).squeeze(-1)
+
+    def scale_actions(self, actions: Tensor) -> Tensor:
+        """Actions as sampled (..., A) -> within the environment's bounds, in its shape and units."""
+        scaled = torch.addcmul(self.action_center.flatten(), self.action_scale.flatten(), actions)
+        return scaled.unflatten(-1, self.action_low.shape).clamp(self.action_low, self.action_high)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray | Tensor:
+        """Raw observations, one (O,) or a batch (N, O) -> actions for env.step(), of the same kind."""
+        mean, log_std = self.policy(
+            self.normalize_obs(torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device))
+        )
+        actions = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        actions = self.scale_actions(actions)
+        return actions if torch.is_tensor(obs) else actions.cpu().numpy()
+
+
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+    weights.grad = torch.zeros_like(weights)
+    start = 0
+    for parameter in model.parameters():
+        end = start + parameter.numel()
+        parameter.data = weights.data[start:end].view_as(parameter)
+        parameter.grad = weights.grad[start:end].view_as(parameter)
+        start = end
+    return weights
+
+
+# ------------------------------------------------------------------------------------ the environments
+
+
+def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
+    """The one place to replace for environments of your own.
+
+    Whatever it returns has num_envs, single_observation_space and single_action_space, resets in the
+    step that ends an episode (SAME_STEP, the last observation in info["final_obs"]) and gives new arrays
+    at every step. Environments that give tensors (on a GPU, say) are given tensors.
+    """
+
+    def make(index: int) -> gym.Env:
+        film = video_folder is not None and index == 0
+        env = gym.make(args.env_id, render_mode="rgb_array" if film else None)
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: True)
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
+            raise UserError(
+                f"{args.env_id} shows images {space.shape}: only ppo_discrete.py has a network for them"
+            )
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete (one-hot), Box of other shapes
+        return env
+
+    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+    env_fns = [functools.partial(make, index) for index in range(num_envs)]
+    return vector_env(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def derive_seed(*key: int) -> int:
+    """A 32-bit seed from a tuple of numbers; other tuples give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# ---------------------------------------------------------------------------------------- the algorithm
+
+
+def train(args: Args) -> list[float]:
+    """Algorithm 1 of the paper. Gives the return of every episode that ended in training, in that order."""
+    device = set_up_torch(args)
+    run_dir, checkpoint = open_run(args)
+    agent = new_agent(args, run_dir).to(device)
+    weights = flatten_parameters(agent)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    first_iteration, episode_returns = 0, []
+    if checkpoint:
+        first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"].tolist()
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    writer = open_writer(args, run_dir, resumed_at=first_iteration * args.batch_size if checkpoint else None)
+    progress = open_progress(args, run_dir, first_iteration * args.batch_size)
+    envs = None
+
+    for iteration in range(first_iteration, args.num_iterations):
+        started, step = time.perf_counter(), iteration * args.batch_size
+        if envs is None or iteration % args.checkpoint_interval == 0:
+            # From here on all that is random follows from (seed, iteration): so a resumed run equals one that
+            # was never stopped. The environments are made anew because a used one, given reset(seed), need
+            # not repeat a fresh one (BipedalWalker does not).
+            save_checkpoint(args, run_dir, writer, agent, optimizer, iteration, episode_returns)
+            torch.manual_seed(derive_seed(args.seed, iteration))
+            if envs is not None:
+                envs.close()
+            envs = open_envs(args, args.num_envs)
+            raw_obs, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
+            current_obs = torch.as_tensor(raw_obs, dtype=torch.float32, device=device)
+            sums = np.zeros(
+                (args.num_envs, 3)
+            )  # discounted return, return and length of the episodes in progress
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
+
+        # 1. collect: T steps of N environments. The loop only acts; what can be batched comes later.
+        rows = []
+        std = agent.log_std.detach().exp()
+        noise = torch.randn(args.num_steps, args.num_envs, len(std), device=device)
+        for t in range(args.num_steps):
+            with torch.no_grad():
+                mean, _ = agent.policy(agent.normalize_obs(current_obs))
+                action = mean + std * noise[t]
+                env_action = agent.scale_actions(action)
+            raw_obs, reward, termination, truncation, info = envs.step(
+                env_action if torch.is_tensor(raw_obs) else env_action.cpu().numpy()
+            )
+            successor = reset_obs = torch.as_tensor(raw_obs, dtype=torch.float32, device=device)
+            done = termination | truncation
+            if done.any():  # an episode's last action leads to its last observation, not to the reset
+                successor = reset_obs.clone()
+                for i in range(args.num_envs):
+                    if done[i]:
+                        successor[i] = torch.as_tensor(info["final_obs"][i])
+            rows.append((current_obs, action, successor, reward, termination, truncation))
+            current_obs = reset_obs
+        obs, actions, next_obs, rewards, terminations, truncations = (
+            torch.stack([torch.as_tensor(x) for x in column]).to(device) for column in zip(*rows, strict=True)
+        )
+        check_finite(run_dir, step, observation=obs, successor=next_obs, reward=rewards)
+        dones = (terminations | truncations).cpu().numpy()
+        all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
+        sums, finished = all_sums[-1] * ~dones[-1, :, None], all_sums[dones]
+        episode_returns += finished[:, 1].tolist()
+        if (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == args.num_iterations:
+            truncations[-1] |= ~terminations[-1]  # here the environments stop: cut off, not dead
+
+        # 2. advantages, from one pass over all rows with the weights that acted: so the first ratio is one
+        with torch.no_grad():
+            if args.norm_reward:  # nothing acts on rewards, so their scale may count these rows already
+                agent.return_moments.update(torch.as_tensor(all_sums[..., :1], device=device).flatten(0, 1))
+                rewards = agent.normalize_rewards(rewards)
+            raw_obs_rows, obs, next_obs = obs, agent.normalize_obs(obs), agent.normalize_obs(next_obs)
+            values, next_values = agent.value(obs), agent.value(next_obs)
+            logprobs = gaussian_logprobs(actions, *agent.policy(obs))
+            advantages, returns = compute_gae(
+                rewards.float(), values, next_values, terminations, truncations, args.gamma, args.gae_lambda
+            )
+        obs, actions, logprobs, values, advantages, returns = (
+            x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)
+        )
+
+        # 3. epochs
+        metrics = []
+        shuffles = (torch.randperm(args.batch_size, device=device) for _ in range(args.update_epochs))
+        for mb in (mb for shuffle in shuffles for mb in shuffle.split(args.minibatch_size)):
+            mean, log_std = agent.policy(obs[mb])
+            new_logprobs = gaussian_logprobs(actions[mb], mean, log_std)
+            # not in the paper: keeps clip_coef and the learning rate meaningful across reward scales
+            mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
+            policy_loss = clipped_policy_loss(
+                new_logprobs, logprobs[mb], mb_advantages, args.clip_coef
+            ).mean()
+            clip_value = args.clip_coef if args.clip_vloss else None
+            critic_loss = value_loss(agent.value(obs[mb]), values[mb], returns[mb], clip_value).mean()
+            entropy = gaussian_entropy(log_std)
+            loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
+
+            weights.grad.zero_()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
+            with torch.no_grad():
+                kl = approx_kl(new_logprobs, logprobs[mb])
+                clipfrac = clip_fraction(new_logprobs, logprobs[mb], args.clip_coef)
+            metrics.append(
+                torch.stack(
+                    [x.detach() for x in (policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)]
+                )
+            )
+            if args.target_kl is not None and kl > args.target_kl:
+                break
+            optimizer.step()
+        if args.norm_obs:
+            agent.obs_moments.update(raw_obs_rows.flatten(0, 1))
+
+        # 4. log: means over every minibatch of the iteration
+        step += args.batch_size
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+        scalars = {f"losses/{name}": x for name, x in zip(names, torch.stack(metrics).mean(0), strict=True)}
+        check_finite(run_dir, step, **scalars)
+        scalars["losses/explained_variance"] = explained_variance(values, returns)
+        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
+        if len(finished):
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = finished[:, 1:].mean(0)
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), step)
+        progress.set_postfix_str(f"return {np.mean(episode_returns[-20:]):.1f}" if episode_returns else "")
+        progress.update(args.batch_size)
+
+    progress.close()
+    if envs is not None:
+        envs.close()
+    returns = evaluate(agent, args, run_dir)
+    if first_iteration < args.num_iterations:  # else the run was complete before, and holds this already
+        writer.add_scalar("eval/episodic_return", np.mean(returns), args.num_iterations * args.batch_size)
+        save_checkpoint(args, run_dir, writer, agent, optimizer, args.num_iterations, episode_returns)
+    writer.close()
+    print(f"run: {run_dir}")
+    return episode_returns
+
+
+# ---------------------------------------------------------------------------------------- the plumbing
+
+
+SCRIPT, FORMAT = "ppo_continuous", 1  # what a checkpoint says of itself
+FREE_OPTIONS = {
+    "resume",
+    "evaluate",
+    "eval_episodes",
+    "capture_video",
+    "async_envs",
+    "track",
+}  # change no result
+
+
+class UserError(ValueError):
+    """Something that the user can mend: main() tells it in one line and exits with code 2."""
+
+
+def new_agent(args: Args, run_dir: Path) -> Agent:
+    """An agent that fits the environment, which is opened once for its spaces (and to try the camera)."""
+    envs = open_envs(args, 1, run_dir / "videos" if args.capture_video else None)
+    obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
+    envs.close()
+    low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+    return Agent(obs_size, low, high, args.log_std_init, args.norm_obs)
+
+
+def open_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
+    """make_envs(), with all that can be wrong with an environment told in one line."""
+    try:
+        envs = make_envs(args, num_envs, video_folder)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+        raise UserError(f"{args.env_id}: {error}" + (f" Near: {', '.join(near)}" if near else "")) from error
+    observations, actions = envs.single_observation_space, envs.single_action_space
+    if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
+        raise UserError(
+            f"{args.env_id} has actions {actions}, this script needs a Box of real numbers; "
+            f"try python ppo_discrete.py --env-id {args.env_id}"
+        )
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        raise UserError(f"{args.env_id} has observations {observations} that do not flatten to a vector")
+    return envs
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
+    """Plays args.eval_episodes deterministic episodes and gives their returns, unnormalised.
+
+    Every environment plays the same number of them, so that short episodes do not crowd out long ones.
+    """
+    num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
+    envs = open_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
+    obs, _ = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])  # 1: not training's
+    returns, sums, left = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
+    while left.any():
+        obs, *outcome, _ = envs.step(agent.act(obs, deterministic=True))
+        rewards, terminations, truncations = (torch.as_tensor(x).cpu().numpy() for x in outcome)
+        sums += rewards
+        for i in np.flatnonzero((terminations | truncations) & (left > 0)):
+            returns.append(float(sums[i]))
+            sums[i], left[i] = 0, left[i] - 1
+    envs.close()
+    mean, std = np.mean(returns), np.std(returns)
+    print(f"evaluation: return {mean:.1f} +- {std:.1f} over {len(returns)} deterministic episodes")
+    return returns
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """The device to learn on, with one thread and repeatable arithmetic."""
+    torch.set_num_threads(1)  # the tensors are small: more threads would only wait for each other
+    if not args.cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--cuda asks for a GPU and torch finds none; leave it out to learn on the CPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True)
+    return torch.device("cuda")
+
+
+def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
+    """Stops the run at a nan or an infinity. Tensors are (T, N, ...) rows that begin at step, or numbers."""
+    for name, x in tensors.items():
+        bad = (~torch.isfinite(x)).nonzero()
+        if len(bad):
+            where = f"step {step}"
+            if x.dim() >= 2:
+                where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
+            raise UserError(
+                f"{name} is {x[tuple(bad[0])]:.0f} at {where}; {run_dir} keeps the checkpoint before it"
+            )
+
+
+def check_unchanged(args: Args, run_dir: str, *may_change: str) -> Args:
+    """Refuses options that say something else than the run in run_dir did; gives that run's own."""
+    saved = load_args(run_dir)
+    changed = {name for name, value in vars(args).items() if value != getattr(saved, name)} - FREE_OPTIONS
+    if refused := sorted(changed.difference(may_change)):
+        names = ", ".join("--" + name.replace("_", "-") for name in refused)
+        raise UserError(
+            f"{names}: a saved run keeps its own options; leave out what differs, or start a new run"
+        )
+    return saved
+
+
+def open_run(args: Args) -> tuple[Path, dict | None]:
+    """The folder of the run and, if it is to go on, its checkpoint."""
+    if args.resume:
+        saved = check_unchanged(args, args.resume, "total_timesteps")
+        run_dir, checkpoint = Path(args.resume), load_checkpoint(args.resume)
+        if args.total_timesteps < saved.total_timesteps:
+            raise UserError(f"--total-timesteps can grow, not shrink: the run has {saved.total_timesteps}")
+        if args.total_timesteps > saved.total_timesteps:
+            print(
+                f"going on to {args.total_timesteps} steps; schedules now follow this length", file=sys.stderr
+            )
+        if checkpoint["iteration"] == args.num_iterations:
+            print(f"{run_dir} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
+        return run_dir, checkpoint
+    name = f"{re.sub('[^A-Za-z0-9.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or Path("runs") / name)
+    if (run_dir / "checkpoint.pt").exists():
+        raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from error
+    return run_dir, None
+
+
+def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
+    """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
+    if args.track:
+        if not importlib.util.find_spec("wandb"):
+            raise UserError("--track needs Weights & Biases: pip install wandb")
+        import wandb
+
+        wandb.init(id=run_dir.name, resume="allow", dir=run_dir, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
+    if resumed_at is None:
+        options = {name: value for name, value in vars(args).items() if value is not None}
+        table = "\n".join(f"|{name}|{value}|" for name, value in options.items())
+        writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + table)
+        for summary in hparams(options, {"eval/episodic_return": 0}):
+            writer.file_writer.add_summary(summary)
+    return writer
+
+
+def open_progress(args: Args, run_dir: Path, step: int) -> tqdm:
+    """The one line on screen: run, share done, speed, time left, mean return of the last 20 episodes."""
+    line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
+    total = args.num_iterations * args.batch_size
+    return tqdm(
+        desc=str(run_dir), total=total, initial=step, unit=" steps", bar_format=line, dynamic_ncols=True
+    )
+
+
+def save_checkpoint(
+    args: Args,
+    run_dir: Path,
+    writer: SummaryWriter,
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    episode_returns: list[float],
+) -> None:
+    """Writes all there is of a run to run_dir/checkpoint.pt, at any moment either the old one or the new."""
+    writer.flush()  # events first: a resumed run drops those written later, but could not make up for lost ones
+    options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
+    checkpoint = {
+        "format": FORMAT,
+        "script": SCRIPT,
+        "args": options,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iteration": iteration,
+        "episode_returns": torch.tensor(episode_returns, dtype=torch.float64),
+    }
+    path, written = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp"
+    with open(written, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(written, path)
+
+
+def load_checkpoint(run_dir: str | Path) -> dict:
+    """Reads run_dir/checkpoint.pt, which may hold tensors and plain Python: nothing in it can execute."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, version = checkpoint["script"], checkpoint["format"]
+    except Exception as error:  # whatever a file from outside can make of zipfile and torch
+        raise UserError(
+            f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(error).__name__})"
+        ) from error
+    if (script, version) != (SCRIPT, FORMAT):
+        raise UserError(f"{path} is of {script}.py, format {version}; this is {SCRIPT}.py, format {FORMAT}")
+    return checkpoint
+
+
+def load_args(run_dir: str | Path) -> Args:
+    """The arguments of a saved run; train(dataclasses.replace(load_args(folder), resume=folder)) resumes it."""
+    return Args(**load_checkpoint(run_dir)["args"])
+
+
+def load_agent(run_dir: str | Path, device: str = "cpu") -> Agent:
+    """The agent of a saved run with its statistics: load_agent(run_dir).act(obs, deterministic=True)."""
+    checkpoint = load_checkpoint(run_dir)
+    state, options = checkpoint["agent"], checkpoint["args"]
+    obs_size = len(state["obs_moments.mean"])
+    agent = Agent(
+        obs_size, state["action_low"], state["action_high"], options["log_std_init"], options["norm_obs"]
+    )
+    agent.load_state_dict(state)
+    return agent.to(device)
+
+
+def parse_args() -> Args:
+    """The command line. Beside --resume or --evaluate the defaults are what the run was trained with."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume")
+    early.add_argument("--evaluate")
+    known, _ = early.parse_known_args()
+    run_dir = known.resume or known.evaluate
+    return tyro.cli(Args, default=load_args(run_dir) if run_dir else None)
+
+
+def main() -> None:
+    """Trains or evaluates as the command line says; tells a user's errors in one line."""
+    try:
+        args = parse_args()
+        if args.evaluate:
+            check_unchanged(args, args.evaluate)
+            evaluate(load_agent(args.evaluate), args, Path(args.evaluate))
+        else:
+            train(args)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "\nstopped: --resume with the folder of the run goes on from its last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
