@@ -189,7 +189,7 @@ def compute_gae(
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
-    decays = gamma * gae_lambda * ~(terminations | truncations)
+    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
     # T steps over N numbers each: numpy is several times faster here than tensors are on any device
     deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
     advantages, advantage = np.empty_like(deltas), 0.0
@@ -214,7 +214,7 @@ def clipped_policy_loss(
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Per-element 0.5 * squared error. All (B,). With a clip_coef, moves beyond it from old_values do not pay.
+    """Per-element 0.5 * squared error. All (B,). With a clip_coef, moving farther from old_values is idle.
 
     not in the paper: the clipping is from its authors' code (openai/baselines, ppo2).
     """
@@ -251,7 +251,7 @@ def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) 
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant. (B,), (B,) -> ()."""
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 as good as a constant. (B,), (B,) -> ()."""
     return 1 - (returns - values).var() / returns.var()
 
 
@@ -335,8 +335,10 @@ class Agent(nn.Module):
         finite = torch.isfinite(action_low) & torch.isfinite(action_high)
         self.register_buffer("action_low", action_low)
         self.register_buffer("action_high", action_high)
-        self.register_buffer("action_center", torch.where(finite, (action_low + action_high) / 2, 0.0))
-        self.register_buffer("action_scale", torch.where(finite, (action_high - action_low) / 2, 1.0))
+        center = torch.where(finite, (action_low + action_high) / 2, 0.0)
+        scale = torch.where(finite, (action_high - action_low) / 2, 1.0)
+        self.register_buffer("action_center", center.float().flatten())
+        self.register_buffer("action_scale", scale.float().flatten())
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Raw observations (..., O) -> what the networks take."""
@@ -359,7 +361,7 @@ class Agent(nn.Module):
 
     def scale_actions(self, actions: Tensor) -> Tensor:
         """Actions as sampled (..., A) -> within the environment's bounds, in its shape and units."""
-        scaled = torch.addcmul(self.action_center.flatten(), self.action_scale.flatten(), actions)
+        scaled = torch.addcmul(self.action_center, self.action_scale, actions)
         return scaled.unflatten(-1, self.action_low.shape).clamp(self.action_low, self.action_high)
 
     @torch.no_grad()
@@ -375,14 +377,14 @@ class Agent(nn.Module):
 
 def flatten_parameters(model: nn.Module) -> Tensor:
     """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
-    weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+    sizes = [math.ceil(parameter.numel() / 16) * 16 for parameter in model.parameters()]  # 64-byte alignment
+    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device, requires_grad=True)
     weights.grad = torch.zeros_like(weights)
-    start = 0
-    for parameter in model.parameters():
-        end = start + parameter.numel()
-        parameter.data = weights.data[start:end].view_as(parameter)
-        parameter.grad = weights.grad[start:end].view_as(parameter)
-        start = end
+    views = zip(model.parameters(), weights.data.split(sizes), weights.grad.split(sizes), strict=True)
+    for parameter, weight, gradient in views:
+        weight[: parameter.numel()] = parameter.data.flatten()
+        parameter.data = weight[: parameter.numel()].view_as(parameter)
+        parameter.grad = gradient[: parameter.numel()].view_as(parameter)
     return weights
 
 
@@ -398,10 +400,11 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
     """
 
     def make(index: int) -> gym.Env:
-        film = video_folder is not None and index == 0
-        env = gym.make(args.env_id, render_mode="rgb_array" if film else None)
-        if film:
+        if video_folder is not None and index == 0:
+            env = gym.make(args.env_id, render_mode="rgb_array")
             env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: True)
+        else:
+            env = gym.make(args.env_id)
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
             raise UserError(
@@ -428,6 +431,7 @@ def train(args: Args) -> list[float]:
     """Algorithm 1 of the paper. Gives the return of every episode that ended in training, in that order."""
     device = set_up_torch(args)
     run_dir, checkpoint = open_run(args)
+    torch.manual_seed(derive_seed(args.seed))
     agent = new_agent(args, run_dir).to(device)
     weights = flatten_parameters(agent)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -589,7 +593,7 @@ def new_agent(args: Args, run_dir: Path) -> Agent:
     envs = open_envs(args, 1, run_dir / "videos" if args.capture_video else None)
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     envs.close()
-    low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+    low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
     return Agent(obs_size, low, high, args.log_std_init, args.norm_obs)
 
 
@@ -733,7 +737,7 @@ def save_checkpoint(
     episode_returns: list[float],
 ) -> None:
     """Writes all there is of a run to run_dir/checkpoint.pt, at any moment either the old one or the new."""
-    writer.flush()  # events first: a resumed run drops those written later, but could not make up for lost ones
+    writer.flush()  # events first: a resumed run drops those that are too many, but cannot make lost ones
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {
         "format": FORMAT,
@@ -773,7 +777,7 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 
 def load_args(run_dir: str | Path) -> Args:
-    """The arguments of a saved run; train(dataclasses.replace(load_args(folder), resume=folder)) resumes it."""
+    """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
     return Args(**load_checkpoint(run_dir)["args"])
 
 

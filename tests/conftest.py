@@ -1,0 +1,18 @@
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, as CI does")
+    parser.addoption("--campaign", action="store_true", help="run what takes hours too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark in ("slow", "campaign"):
+            if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
+                item.add_marker(pytest.mark.skip(reason=f"--{mark} runs it"))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "run"

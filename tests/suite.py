@@ -1,0 +1,210 @@
+"""What the tests share: the scripts as modules, small environments with known answers, short runs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_module(path: Path):
+    """Imports a script by its path, as a reader would who copied it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPTS = [load_module(path) for path in sorted(ROOT.glob("ppo_*.py"))]
+
+
+def scripts_with(*names: str):
+    """Parametrises a test by the scripts that have all these names."""
+    have = [script for script in SCRIPTS if all(hasattr(script, name) for name in names)]
+    return pytest.mark.parametrize("ppo", have, ids=[script.__name__ for script in have])
+
+
+control = scripts_with("make_envs")  # the scripts that act in Gymnasium environments
+
+
+def curve(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """All the scalars of a run as TensorBoard reads them: tag -> [(step, value), ...]."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def small(ppo, run_dir: Path, **options):
+    """Arguments of a run of 4 iterations (512 steps), which takes about a second."""
+    defaults = dict(
+        total_timesteps=512,
+        num_envs=2,
+        num_steps=64,
+        num_minibatches=4,
+        update_epochs=2,
+        eval_episodes=2,
+        checkpoint_every=2,
+        run_dir=str(run_dir),
+    )
+    return ppo.Args(**(defaults | options))
+
+
+class Probe(gym.Env):
+    """Base of the probe environments: one number observed, one (Box, or Discrete of two) as action.
+
+    Subclasses say what is first observed, and what a step gives: (next observation, reward, terminated).
+    """
+
+    def __init__(self, discrete: bool = False) -> None:
+        self.observation_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+        self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def first(self) -> float:
+        return 0.0
+
+    def outcome(self, action: float) -> tuple[float, float, bool]:
+        raise NotImplementedError
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = self.first()
+        return np.array([self.obs], np.float32), {}
+
+    def step(self, action):
+        self.obs, reward, terminated = self.outcome(float(np.asarray(action).item()))
+        return np.array([self.obs], np.float32), float(reward), terminated, False, {}
+
+
+class ConstantReward(Probe):
+    """One step, reward 1: the value is 1."""
+
+    def outcome(self, action):
+        return 0.0, 1.0, True
+
+
+class ObservedReward(Probe):
+    """One step, the reward is the observation, 1 or -1: so is the value."""
+
+    def first(self):
+        return float(self.np_random.choice([-1.0, 1.0]))
+
+    def outcome(self, action):
+        return 0.0, self.obs, True
+
+
+class DelayedReward(Probe):
+    """Two steps, observations 0 and 1, reward 1 at the end: the values are gamma and 1."""
+
+    def outcome(self, action):
+        return (1.0, 0.0, False) if self.obs == 0 else (0.0, 1.0, True)
+
+
+class ActionReward(Probe):
+    """One step, best action 0.5 (Discrete: 1)."""
+
+    def outcome(self, action):
+        return 0.0, -((action - 0.5) ** 2) if isinstance(self.action_space, gym.spaces.Box) else action, True
+
+
+class ObservedActionReward(Probe):
+    """One step, best action half the observation of 1 or -1 (Discrete: 1 at 1, 0 at -1)."""
+
+    first = ObservedReward.first
+
+    def outcome(self, action):
+        if isinstance(self.action_space, gym.spaces.Box):
+            return 0.0, -((action - self.obs / 2) ** 2), True
+        return 0.0, float(action == (self.obs > 0)), True
+
+
+class Endless(Probe):
+    """Reward 1 for ever, in episodes that only a time limit ends: the value is 1 / (1 - gamma)."""
+
+    def outcome(self, action):
+        return 0.0, 1.0, False
+
+
+class Counter(Probe):
+    """Observes how many steps the episode has had, so that every row says where it comes from."""
+
+    def __init__(self, discrete: bool = False, length: int = 5) -> None:
+        super().__init__(discrete)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.length = length
+
+    def outcome(self, action):
+        return self.obs + 1, self.obs + 1, self.obs + 1 == self.length
+
+
+class Broken(Counter):
+    """A counter that gives nan as observation or reward at its third step."""
+
+    def __init__(self, discrete: bool = False, where: str = "reward") -> None:
+        super().__init__(discrete)
+        self.where = where
+
+    def outcome(self, action):
+        count, reward, terminated = super().outcome(action)
+        if count == 3:
+            return (
+                (float("nan"), reward, terminated)
+                if self.where == "obs"
+                else (count, float("nan"), terminated)
+            )
+        return count, reward, terminated
+
+
+class Spaces(gym.Env):
+    """Any observation space, sampled at random; any action space. Episodes of ten steps."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, contains: bool = True) -> None:
+        self.observation_space, self.action_space, self.contains = observation_space, action_space, contains
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert not self.contains or self.action_space.contains(action), (
+            f"{action} is not in {self.action_space}"
+        )
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps == 10, False, {}
+
+
+PROBES = {
+    "ConstantReward": (ConstantReward, None),
+    "ObservedReward": (ObservedReward, None),
+    "DelayedReward": (DelayedReward, None),
+    "ActionReward": (ActionReward, None),
+    "ObservedActionReward": (ObservedActionReward, None),
+    "Endless": (Endless, 10),
+    "Counter": (Counter, None),
+    "TimedCounter": (Counter, 3),
+    "Broken": (Broken, None),
+    "Spaces": (Spaces, None),
+}
+
+
+def register(name: str, **kwargs) -> str:
+    """Registers a probe under an id of its own and gives the id."""
+    entry_point, limit = PROBES[name]
+    label = "".join(c if c.isalnum() else "_" for c in json.dumps(kwargs, default=str))
+    env_id = f"{name}{label}-v0"
+    if env_id not in gym.registry:
+        gym.register(env_id, entry_point, max_episode_steps=limit, kwargs=kwargs, disable_env_checker=True)
+    return env_id
+
+
+def probe(ppo, name: str, **kwargs) -> str:
+    """The id of a probe environment with the actions that the script is for."""
+    return register(name, discrete=ppo.__name__ == "ppo_discrete", **kwargs)

@@ -1,0 +1,240 @@
+"""Every equation against numbers worked by hand and against a slow, obvious second way."""
+
+import math
+
+import pytest
+import torch
+from suite import scripts_with
+from torch.distributions import Independent, Normal
+
+
+def rows(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gae_by_double_loop(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
+    """PPO eq. 11 as it is written: a sum over the future for every step, that ends where the episode ends."""
+    T, N = rewards.shape
+    advantages = torch.zeros_like(rewards)
+    for n in range(N):
+        for t in range(T):
+            for k in range(t, T):
+                bootstrap = 0.0 if terminations[k, n] else gamma * next_values[k, n]
+                delta = rewards[k, n] + bootstrap - values[k, n]
+                advantages[t, n] += (gamma * gae_lambda) ** (k - t) * delta
+                if terminations[k, n] or truncations[k, n]:
+                    break
+    return advantages
+
+
+@scripts_with("compute_gae")
+class TestGAE:
+    def test_two_steps_by_hand(self, ppo):
+        # delta_1 = 2 + 0.5 * 4 - 1 = 3;  delta_0 = 1 + 0.5 * 1 - 2 = -0.5;  A_0 = -0.5 + 0.5 * 0.5 * 3 = 0.25
+        column = lambda *x: torch.tensor(x)[:, None]  # noqa: E731
+        no = torch.zeros(2, 1, dtype=torch.bool)
+        advantages, returns = ppo.compute_gae(
+            column(1.0, 2.0), column(2.0, 1.0), column(1.0, 4.0), no, no, gamma=0.5, gae_lambda=0.5
+        )
+        assert advantages.flatten().tolist() == [0.25, 3.0]
+        assert returns.flatten().tolist() == [2.25, 4.0]
+
+    def test_a_termination_has_no_future_and_a_time_limit_has_one(self, ppo):
+        one, yes, no = torch.ones(1, 1), torch.ones(1, 1).bool(), torch.zeros(1, 1).bool()
+        dead, _ = ppo.compute_gae(one, one, 10 * one, yes, no, gamma=0.9, gae_lambda=0.95)
+        late, _ = ppo.compute_gae(one, one, 10 * one, no, yes, gamma=0.9, gae_lambda=0.95)
+        both, _ = ppo.compute_gae(one, one, 10 * one, yes, yes, gamma=0.9, gae_lambda=0.95)
+        assert dead.item() == 0.0  # 1 - 1
+        assert late.item() == pytest.approx(9.0)  # 1 + 0.9 * 10 - 1
+        assert both.item() == 0.0
+
+    @pytest.mark.parametrize("ends", ["bool", "float"])
+    def test_equals_a_double_loop_with_both_kinds_of_end_mixed(self, ppo, ends):
+        rewards, values, next_values = rows(3, 23, 4)
+        terminations, truncations = rows(2, 23, 4, seed=1) > 1.0
+        assert (terminations & ~truncations).any() and (truncations & ~terminations).any()
+        expected = gae_by_double_loop(rewards, values, next_values, terminations, truncations, 0.97, 0.9)
+        if ends == "float":
+            terminations, truncations = terminations.double(), truncations.double()
+        advantages, returns = ppo.compute_gae(
+            rewards, values, next_values, terminations, truncations, 0.97, 0.9
+        )
+        torch.testing.assert_close(advantages, expected)
+        torch.testing.assert_close(returns, expected + values)
+
+    def test_lambda_one_is_monte_carlo_and_lambda_zero_one_step_td(self, ppo):
+        rewards, values, next_values = rows(3, 6, 1)
+        next_values[:-1] = values[1:]
+        no = torch.zeros(6, 1, dtype=torch.bool)
+        _, returns = ppo.compute_gae(rewards, values, next_values, no, no, 0.9, 1.0)
+        discounted = sum(0.9**t * rewards[t] for t in range(6)) + 0.9**6 * next_values[-1]
+        torch.testing.assert_close(returns[0], discounted)
+        _, returns = ppo.compute_gae(rewards, values, next_values, no, no, 0.9, 0.0)
+        torch.testing.assert_close(returns, rewards + 0.9 * next_values)
+
+    def test_environments_do_not_mix(self, ppo):
+        rewards, values, next_values = rows(3, 7, 2)
+        no = torch.zeros(7, 2, dtype=torch.bool)
+        both, _ = ppo.compute_gae(rewards, values, next_values, no, no, 0.9, 0.9)
+        alone, _ = ppo.compute_gae(*(x[:, 1:] for x in (rewards, values, next_values, no, no)), 0.9, 0.9)
+        torch.testing.assert_close(both[:, 1:], alone)
+
+
+@scripts_with("clipped_policy_loss")
+class TestClippedPolicyLoss:
+    @pytest.mark.parametrize(
+        ("ratio", "advantage", "loss", "gradient"),
+        [
+            # loss by hand from eq. 7; d loss / d log ratio = -ratio * advantage where it flows
+            (1.0, 1.0, -1.0, -1.0),
+            (1.1, 1.0, -1.1, -1.1),
+            (1.5, 1.0, -1.2, 0.0),  # better already than the range allows: no further
+            (0.5, 1.0, -0.5, -0.5),  # worse: the way back stays open
+            (1.5, -1.0, 1.5, 1.5),  # worse: the way back stays open
+            (0.5, -1.0, 0.8, 0.0),  # better already than the range allows: no further
+            (0.9, -2.0, 1.8, 1.8),
+        ],
+    )
+    def test_clip_stops_the_gradient_only_where_moving_further_would_pay(
+        self, ppo, ratio, advantage, loss, gradient
+    ):
+        new = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+        result = ppo.clipped_policy_loss(
+            new, torch.zeros(1).double(), torch.tensor([advantage]).double(), 0.2
+        )
+        assert result.shape == (1,)
+        result.sum().backward()
+        assert result.item() == pytest.approx(loss)
+        assert new.grad.item() == pytest.approx(gradient)
+
+    def test_is_a_pessimistic_bound_on_the_surrogate(self, ppo):
+        new, old, advantages = rows(3, 100)
+        surrogate = -(new - old).exp() * advantages
+        assert (ppo.clipped_policy_loss(new, old, advantages, 0.2) >= surrogate).all()
+
+    def test_without_clipping_it_is_the_importance_sampled_surrogate_of_eq_6(self, ppo):
+        new, old, advantages = rows(3, 100)
+        loss = ppo.clipped_policy_loss(new, old, advantages, math.inf)
+        torch.testing.assert_close(loss, -(new - old).exp() * advantages)
+
+    def test_at_ratio_one_the_gradient_is_the_policy_gradient_of_eq_1(self, ppo):
+        new = rows(50).requires_grad_()
+        advantages = rows(50, seed=1)
+        (clipped,) = torch.autograd.grad(
+            ppo.clipped_policy_loss(new, new.detach(), advantages, 0.2).mean(), new
+        )
+        (plain,) = torch.autograd.grad(-(new * advantages).mean(), new)
+        torch.testing.assert_close(clipped, plain)
+
+
+@scripts_with("value_loss")
+class TestValueLoss:
+    def test_is_half_the_squared_error_of_each_element(self, ppo):
+        new, old, returns = torch.tensor([1.0, 3.0]), torch.tensor([9.0, 9.0]), torch.tensor([2.0, 1.0])
+        assert ppo.value_loss(new, old, returns, None).tolist() == [0.5, 2.0]
+
+    @pytest.mark.parametrize(
+        ("new", "returns", "loss", "flows"),
+        [
+            (0.1, 1.0, 0.5 * 0.9**2, True),  # within 0.2 of the old value, 0: plain
+            (0.5, 1.0, 0.5 * 0.8**2, False),  # nearer than the clip allows: counted as if at 0.2
+            (0.5, -1.0, 0.5 * 1.5**2, True),  # farther than before: the way back stays open
+        ],
+    )
+    def test_clipping_by_hand(self, ppo, new, returns, loss, flows):
+        new = torch.tensor([new], requires_grad=True)
+        result = ppo.value_loss(new, torch.zeros(1), torch.tensor([returns]), 0.2)
+        result.sum().backward()
+        assert result.item() == pytest.approx(loss)
+        assert (new.grad.item() != 0) == flows
+
+
+@scripts_with("gaussian_logprobs", "gaussian_entropy")
+class TestGaussian:
+    def test_agrees_with_torch_distributions(self, ppo):
+        mean, actions, log_std = rows(5, 3), rows(5, 3, seed=1), rows(3, seed=2)
+        distribution = Independent(Normal(mean, log_std.exp()), 1)
+        torch.testing.assert_close(
+            ppo.gaussian_logprobs(actions, mean, log_std), distribution.log_prob(actions)
+        )
+        torch.testing.assert_close(ppo.gaussian_entropy(log_std), distribution.entropy()[0])
+
+    def test_density_of_the_standard_normal_at_its_mean(self, ppo):
+        zero = torch.zeros(1, 1)
+        density = ppo.gaussian_logprobs(zero, zero, torch.zeros(1)).exp().item()
+        assert density == pytest.approx(1 / math.sqrt(2 * math.pi))
+
+    def test_gradients_by_finite_differences(self, ppo):
+        inputs = rows(4, 2), rows(4, 2, seed=1).requires_grad_(), rows(2, seed=2).requires_grad_()
+        assert torch.autograd.gradcheck(ppo.gaussian_logprobs, inputs)
+        assert torch.autograd.gradcheck(ppo.gaussian_entropy, inputs[2:])
+
+
+@scripts_with("approx_kl")
+class TestApproxKL:
+    def test_by_hand_and_never_negative(self, ppo):
+        old, new = torch.zeros(2), torch.tensor([math.log(2.0), math.log(0.5)])
+        # (2 - 1) - log 2 and (0.5 - 1) + log 2; their mean is 0.25
+        assert ppo.approx_kl(new, old).item() == pytest.approx(0.25)
+        assert ppo.approx_kl(old, old).item() == 0.0
+        assert all(ppo.approx_kl(*rows(2, 1, seed=seed)) >= 0 for seed in range(20))
+
+    def test_is_kl_of_old_to_new_not_the_other_way(self, ppo):
+        old, new = Normal(torch.zeros(()).double(), 1.0), Normal(torch.zeros(()).double(), 1.5)
+        samples = rows(400_000)  # from old
+        estimate = ppo.approx_kl(new.log_prob(samples), old.log_prob(samples)).item()
+        forward = torch.distributions.kl_divergence(old, new).item()
+        backward = torch.distributions.kl_divergence(new, old).item()
+        assert estimate == pytest.approx(forward, abs=0.003)
+        assert abs(estimate - backward) > 0.05
+
+
+@scripts_with("clip_fraction")
+def test_clip_fraction_counts_the_ratios_outside(ppo):
+    new = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21]).log()
+    assert ppo.clip_fraction(new, torch.zeros(6), 0.2).item() == pytest.approx(0.5)
+
+
+@scripts_with("explained_variance")
+def test_explained_variance_of_perfect_constant_and_opposite_values(ppo):
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert ppo.explained_variance(returns + 5, returns).item() == pytest.approx(1.0)  # an offset explains all
+    assert ppo.explained_variance(torch.zeros(3), returns).item() == pytest.approx(0.0)
+    assert ppo.explained_variance(-returns, returns).item() == pytest.approx(-3.0)  # 1 - 4 Var / Var
+
+
+@scripts_with("normalize")
+def test_normalize_gives_mean_zero_and_deviation_one(ppo):
+    x = ppo.normalize(rows(64) * 7 + 3)
+    assert x.mean().item() == pytest.approx(0, abs=1e-7)
+    assert x.std().item() == pytest.approx(1)
+    assert torch.isfinite(ppo.normalize(torch.ones(8))).all()
+
+
+@scripts_with("running_sums")
+def test_running_sums_by_hand(ppo):
+    rewards = torch.tensor([[1.0], [2.0], [3.0]]).numpy()
+    dones = torch.tensor([[False], [True], [False]]).numpy()
+    start = torch.tensor([[10.0, 20.0, 4.0]]).double().numpy()
+    sums = ppo.running_sums(rewards, dones, 0.5, start)
+    # discounted return 1 + 5, 2 + 3, afresh 3; return 1 + 20, 2 + 21, afresh 3; length 5, 6, afresh 1
+    assert sums[:, 0].tolist() == [[6.0, 21.0, 5.0], [5.0, 23.0, 6.0], [3.0, 3.0, 1.0]]
+
+
+@scripts_with("RunningMoments")
+def test_running_moments_equal_those_of_all_rows_at_once(ppo):
+    data = rows(1000, 3) * torch.tensor([1.0, 1e-3, 1e4]) + torch.tensor([0.0, 5.0, -1e5])
+    moments = ppo.RunningMoments(3)
+    for chunk in data.split([1, 9, 490, 500]):
+        moments.update(chunk)
+    torch.testing.assert_close(moments.mean, data.mean(0).float())
+    torch.testing.assert_close(moments.var, data.var(0, correction=0).float(), rtol=1e-4, atol=0)
+    assert moments.count.item() == 1000
+
+
+@scripts_with("derive_seed")
+def test_seeds_are_repeatable_and_all_different(ppo):
+    keys = [(seed, iteration, index) for seed in range(5) for iteration in range(20) for index in range(20)]
+    seeds = [ppo.derive_seed(*key) for key in keys]
+    assert seeds == [ppo.derive_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(seeds)

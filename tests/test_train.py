@@ -1,0 +1,233 @@
+"""What train() promises of every iteration, and the classical algorithms that PPO contains."""
+
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from suite import ROOT, control, curve, probe, scripts_with, small
+
+
+def spy(monkeypatch, ppo, name):
+    """Records what a function of the script is given: a list of (inputs, result)."""
+    calls, function = [], getattr(ppo, name)
+
+    def recording(*inputs):
+        calls.append(([x.detach().clone() if torch.is_tensor(x) else x for x in inputs], function(*inputs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(ppo, name, recording)
+    return calls
+
+
+@scripts_with("clipped_policy_loss", "make_envs")
+class TestInvariants:
+    def test_the_ratio_of_the_first_minibatch_of_every_iteration_is_one(self, ppo, run_dir, monkeypatch):
+        calls = spy(monkeypatch, ppo, "clipped_policy_loss")
+        ppo.train(small(ppo, run_dir))
+        assert len(calls) == 4 * 2 * 4  # iterations, epochs, minibatches
+        for (new, old, _, _), _ in calls[::8]:
+            torch.testing.assert_close(new, old, rtol=0, atol=2e-6)
+        assert all((new - old).abs().max() > 1e-5 for (new, old, _, _), _ in calls[1::8])
+
+    def test_statistics_are_frozen_while_an_iteration_acts_and_learns(self, ppo, run_dir, monkeypatch):
+        seen, normalize_obs = [], ppo.Agent.normalize_obs
+
+        def watch(agent, obs):
+            seen.append(agent.obs_moments.count.item())
+            return normalize_obs(agent, obs)
+
+        monkeypatch.setattr(ppo.Agent, "normalize_obs", watch)
+        monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
+        ppo.train(small(ppo, run_dir))
+        counts = [(count, len(list(group))) for count, group in itertools.groupby(seen)]
+        calls = 64 + 2  # one for each step, then obs and next_obs of the whole rollout
+        assert counts == [(0.0, calls), (128.0, calls), (256.0, calls), (384.0, calls)]
+        assert ppo.load_agent(run_dir).obs_moments.count == 512
+
+    def test_every_row_is_used_once_an_epoch(self, ppo, run_dir, monkeypatch):
+        calls = spy(monkeypatch, ppo, "clipped_policy_loss")
+        ppo.train(small(ppo, run_dir, norm_adv=False))
+        for start in range(0, len(calls), 4):
+            first, again = (
+                torch.cat([inputs[2] for inputs, _ in calls[i : i + 4]]).sort()[0] for i in (start, start ^ 4)
+            )
+            assert len(first) == 128 and torch.equal(first, again)
+
+    def test_kl_stop_ends_the_epochs_before_the_step_that_goes_too_far(self, ppo, run_dir, monkeypatch):
+        steps, step = [], torch.optim.Adam.step
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, **y: steps.append(1) or step(*x, **y))
+        kls = spy(monkeypatch, ppo, "approx_kl")
+        ppo.train(small(ppo, run_dir, target_kl=1e-9))
+        # the first minibatch is at ratio one; the second shows what the first step did and is not stepped on
+        assert len(kls) == 8 and len(steps) == 4
+        assert all(kl <= 1e-9 for _, kl in kls[::2]) and all(kl > 1e-9 for _, kl in kls[1::2])
+
+    def test_the_learning_rate_falls_to_zero_over_the_run_or_stays(self, ppo, tmp_path):
+        for anneal_lr, rates in ((True, [1e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [1e-3] * 4)):
+            folder = tmp_path / str(anneal_lr)
+            ppo.train(small(ppo, folder, learning_rate=1e-3, anneal_lr=anneal_lr))
+            assert [rate for _, rate in curve(folder)["charts/learning_rate"]] == pytest.approx(rates)
+
+    def test_gradients_are_clipped_to_max_grad_norm(self, ppo, run_dir, monkeypatch):
+        norms, step = [], torch.optim.Adam.step
+
+        def record(optimizer, *inputs):
+            norms.append(optimizer.param_groups[0]["params"][0].grad.norm().item())
+            return step(optimizer, *inputs)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", record)
+        ppo.train(small(ppo, run_dir, max_grad_norm=0.01))
+        assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+    def test_clip_vloss_reaches_the_value_loss(self, ppo, tmp_path, monkeypatch):
+        calls = spy(monkeypatch, ppo, "value_loss")
+        for clip_vloss in (False, True):
+            calls.clear()
+            ppo.train(small(ppo, tmp_path / str(clip_vloss), clip_vloss=clip_vloss))
+            assert {inputs[3] for inputs, _ in calls} == {0.2 if clip_vloss else None}
+
+
+@scripts_with("clipped_policy_loss", "gaussian_logprobs", "make_envs")
+def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(ppo, run_dir, monkeypatch):
+    """PPO is then the actor-critic of eq. 1, with the advantages of eq. 11 and a squared error for V."""
+    gradients, step = [], torch.optim.Adam.step
+
+    def record(optimizer, *inputs):
+        agent = agents[0]
+        gradients.append({name: parameter.grad.clone() for name, parameter in agent.named_parameters()})
+        gradients.append({name: parameter.detach().clone() for name, parameter in agent.named_parameters()})
+        return step(optimizer, *inputs)
+
+    agents, new_agent = [], ppo.new_agent
+    monkeypatch.setattr(ppo, "new_agent", lambda *inputs: agents.append(new_agent(*inputs)) or agents[-1])
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, ppo, "gaussian_logprobs")
+    observations, policy = [], ppo.Agent.policy
+    monkeypatch.setattr(
+        ppo.Agent, "policy", lambda agent, obs: observations.append(obs) or policy(agent, obs)
+    )
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
+    options = dict(num_minibatches=1, update_epochs=1, max_grad_norm=math.inf, total_timesteps=128)
+    ppo.train(small(ppo, run_dir, **options))
+
+    # once more from the definition: rows in the order of the rollout, torch's own density, no ratio anywhere
+    gradient, weights = gradients
+    agent = agents[0]
+    agent.load_state_dict(weights, strict=False)
+    obs = next(x for x in observations if x.dim() == 3).flatten(0, 1)
+    (actions, *_), _ = policy_inputs[0]
+    advantages, returns = (x.flatten() for x in gae[0][1])
+    distribution = torch.distributions.Normal(agent.actor(obs), agent.log_std.exp())
+    scaled = (advantages - advantages.mean()) / advantages.std()
+    policy_loss = -(distribution.log_prob(actions.flatten(0, 1)).sum(-1) * scaled).mean()
+    value_loss = 0.5 * ((agent.critic(obs).squeeze(-1) - returns) ** 2).mean()
+    expected = torch.autograd.grad(policy_loss + 0.5 * value_loss, list(agent.parameters()))
+    for (name, _), second in zip(agent.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(gradient[name], second, rtol=1e-4, atol=1e-6, msg=name)
+
+
+PROBE_RUN = dict(
+    num_envs=4,
+    num_steps=64,
+    num_minibatches=4,
+    update_epochs=8,
+    learning_rate=3e-3,
+    total_timesteps=6144,
+    checkpoint_every=24,
+    gamma=0.5,
+    norm_obs=False,
+    norm_reward=False,
+)
+
+
+def values(ppo, run_dir, *observations):
+    return ppo.load_agent(run_dir).value(torch.tensor(observations)[:, None]).tolist()
+
+
+@control
+class TestProbes:
+    """Environments with known answers; each can be spoilt by one fault only."""
+
+    def learn(self, ppo, run_dir, name, **options):
+        ppo.train(small(ppo, run_dir, env_id=probe(ppo, name), **(PROBE_RUN | options)))
+
+    def test_value_of_a_constant_reward(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "ConstantReward")
+        assert values(ppo, run_dir, 0.0) == pytest.approx([1.0], abs=0.02)
+
+    def test_value_of_a_reward_that_depends_on_the_observation(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "ObservedReward")
+        assert values(ppo, run_dir, -1.0, 1.0) == pytest.approx([-1.0, 1.0], abs=0.05)
+
+    def test_value_of_a_delayed_reward(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "DelayedReward")
+        assert values(ppo, run_dir, 0.0, 1.0) == pytest.approx([0.5, 1.0], abs=0.05)
+
+    def test_best_action(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "ActionReward")
+        action = ppo.load_agent(run_dir).act(np.array([0.0]), deterministic=True)
+        assert action == pytest.approx(1 if ppo.__name__ == "ppo_discrete" else 0.5, abs=0.1)
+
+    def test_best_action_for_each_observation(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "ObservedActionReward")
+        actions = ppo.load_agent(run_dir).act(np.array([[-1.0], [1.0]]), deterministic=True).flatten()
+        best = [0, 1] if ppo.__name__ == "ppo_discrete" else [-0.5, 0.5]
+        assert actions.tolist() == pytest.approx(best, abs=0.15)
+
+    def test_a_time_limit_is_not_death(self, ppo, run_dir):
+        self.learn(ppo, run_dir, "Endless", gamma=0.9, total_timesteps=12288)
+        assert values(ppo, run_dir, 0.0) == pytest.approx([10.0], abs=0.5)  # 1 / (1 - 0.9)
+
+    def test_and_the_test_above_would_notice_if_it_were(self, ppo, run_dir, monkeypatch):
+        gae = ppo.compute_gae
+        monkeypatch.setattr(
+            ppo, "compute_gae", lambda r, v, nv, te, tr, *rest: gae(r, v, nv, te | tr, tr, *rest)
+        )
+        self.learn(ppo, run_dir, "Endless", gamma=0.9, total_timesteps=12288)
+        assert values(ppo, run_dir, 0.0)[0] < 7  # the mean of (1 - 0.9^k) / (1 - 0.9) over k = 1..10 is 4.1
+
+
+@control
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (dict(where="obs"), "successor is nan at step 6, in environment 0"),
+        (dict(where="reward"), "reward is nan at step 6, in environment 0"),
+    ],
+)
+def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir, options, where):
+    with pytest.raises(ppo.UserError, match=where):
+        ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Broken", **options)))
+    ppo.load_agent(run_dir)  # the checkpoint from before is good
+
+
+@control
+def test_nan_in_the_loss_stops_the_run_and_the_checkpoint_before_is_good(ppo, run_dir, monkeypatch):
+    loss = ppo.value_loss
+    monkeypatch.setattr(ppo, "value_loss", lambda *inputs: loss(*inputs) * float("nan"))
+    with pytest.raises(ppo.UserError, match="value_loss is nan at step 128"):
+        ppo.train(small(ppo, run_dir))
+    assert all(torch.isfinite(x).all() for x in ppo.load_agent(run_dir).parameters())
+
+
+@control
+def test_the_golden_run_comes_out_as_it_did(ppo, run_dir):
+    """A refactoring must not change results unnoticed. To accept a change: GOLDEN=write pytest -k golden."""
+    ppo.train(small(ppo, run_dir, checkpoint_every=4, num_steps=256, total_timesteps=2048, seed=3))
+    result = {
+        tag: [float(f"{value:.4g}") for _, value in points]
+        for tag, points in curve(run_dir).items()
+        if tag != "charts/SPS"
+    }
+    path = ROOT / "tests" / "golden" / f"{ppo.__name__}.json"
+    if os.environ.get("GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    expected = json.loads(path.read_text())
+    assert result.keys() == expected.keys()
+    for tag, points in expected.items():
+        assert result[tag] == pytest.approx(points, rel=2e-3, abs=1e-6), tag
