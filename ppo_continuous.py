@@ -487,7 +487,7 @@ def train(args: Args) -> list[float]:
         obs, actions, next_obs, rewards, terminations, truncations = (
             torch.stack([torch.as_tensor(x) for x in column]).to(device) for column in zip(*rows, strict=True)
         )
-        check_finite(run_dir, step, observation=obs, successor=next_obs, reward=rewards)
+        check_finite(run_dir, step, next_obs=next_obs, obs=obs, reward=rewards)
         dones = (terminations | truncations).cpu().numpy()
         all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
         sums, finished = all_sums[-1] * ~dones[-1, :, None], all_sums[dones]
@@ -813,12 +813,10 @@ def main() -> None:
         else:
             train(args)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nstopped: --resume with the folder of the run goes on from its last checkpoint", file=sys.stderr
-        )
+        tqdm.write("stopped: --resume with the run's folder goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

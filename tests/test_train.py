@@ -195,7 +195,7 @@ class TestProbes:
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        (dict(where="obs"), "successor is nan at step 6, in environment 0"),
+        (dict(where="obs"), "next_obs is nan at step 6, in environment 0"),
         (dict(where="reward"), "reward is nan at step 6, in environment 0"),
     ],
 )
@@ -209,7 +209,7 @@ def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir,
 def test_nan_in_the_loss_stops_the_run_and_the_checkpoint_before_is_good(ppo, run_dir, monkeypatch):
     loss = ppo.value_loss
     monkeypatch.setattr(ppo, "value_loss", lambda *inputs: loss(*inputs) * float("nan"))
-    with pytest.raises(ppo.UserError, match="value_loss is nan at step 128"):
+    with pytest.raises(ppo.UserError, match="loss is nan at step 128"):
         ppo.train(small(ppo, run_dir))
     assert all(torch.isfinite(x).all() for x in ppo.load_agent(run_dir).parameters())
 

@@ -1,0 +1,235 @@
+"""A run that was killed and resumed is the run that was not."""
+
+import dataclasses
+import io
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from suite import ROOT, control, curve, small
+
+TIMED = {"charts/SPS"}  # the one metric that a clock decides
+
+
+def command(ppo, *options):
+    return [sys.executable, str(ROOT / f"{ppo.__name__}.py"), *map(str, options)]
+
+
+def same(a, b):
+    """Equality to the last bit of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(ppo, one, other):
+    first, second = ppo.load_checkpoint(one), ppo.load_checkpoint(other)
+    for part in ("agent", "optimizer", "iteration", "episode_returns"):
+        assert same(first[part], second[part]), part
+    first, second = curve(one), curve(other)
+    assert first.keys() == second.keys()
+    for tag in first:
+        if tag in TIMED:
+            assert [step for step, _ in first[tag]] == [step for step, _ in second[tag]], tag
+        else:
+            assert first[tag] == second[tag], tag
+        assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has a point twice"
+
+
+@control
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "--env-id Pendulum-v1",
+        pytest.param("--env-id Pendulum-v1 --async-envs", marks=pytest.mark.slow),
+        pytest.param("--env-id BipedalWalker-v3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path, variant):
+    if "Bipedal" in variant:
+        pytest.importorskip("Box2D", reason="BipedalWalker-v3 needs requirements-extra.txt")
+    chance = random.Random(time.time_ns())
+    options = [*variant.split(), "--num-envs", 4, "--num-steps", 256, "--total-timesteps", 16 * 1024]
+    options += ["--checkpoint-every", 2, "--num-minibatches", 8, "--eval-episodes", 2]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    start = time.monotonic()
+    subprocess.run(command(ppo, *options, "--run-dir", alone), check=True, capture_output=True)
+    duration = time.monotonic() - start
+
+    arguments, kills = [*options, "--run-dir", killed], []
+    while len(kills) < 3:
+        process = subprocess.Popen(
+            command(ppo, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        before = os.stat(killed / "checkpoint.pt").st_mtime_ns if kills else 0
+        while process.poll() is None and not (killed / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        while process.poll() is None and os.stat(killed / "checkpoint.pt").st_mtime_ns == before:
+            time.sleep(0.01)  # a resumed run writes its checkpoint once more before it goes on
+        time.sleep(chance.uniform(0, duration / 6))
+        assert process.poll() is None, f"ended before it was killed: {process.stdout.read().decode()}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills.append(ppo.load_checkpoint(killed)["iteration"])
+        arguments = ["--resume", killed]
+    subprocess.run(command(ppo, *arguments), check=True, capture_output=True)
+    print("killed after the checkpoints of iterations", kills)
+    assert_same_run(ppo, alone, killed)
+
+
+def stopped_after(ppo, monkeypatch, args, iterations):
+    """Trains, and stops as if killed when the checkpoint of that iteration is written."""
+    save = ppo.save_checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_stop(*inputs):
+        save(*inputs)
+        if iterations in inputs:
+            raise Killed
+
+    monkeypatch.setattr(ppo, "save_checkpoint", save_and_stop)
+    with pytest.raises(Killed):
+        ppo.train(args)
+    monkeypatch.setattr(ppo, "save_checkpoint", save)
+
+
+@control
+@pytest.mark.parametrize(
+    "options", [{}, dict(norm_obs=False, norm_reward=False, anneal_lr=False, target_kl=0.01)]
+)
+def test_resuming_in_process_is_exact_and_returns_the_whole_history(ppo, tmp_path, monkeypatch, options):
+    options |= dict(total_timesteps=6 * 512, num_steps=256)
+    returns = ppo.train(small(ppo, tmp_path / "alone", **options))
+    stopped_after(ppo, monkeypatch, small(ppo, tmp_path / "killed", **options), 4)
+    args = dataclasses.replace(ppo.load_args(tmp_path / "killed"), resume=str(tmp_path / "killed"))
+    assert ppo.train(args) == returns and len(returns) > 0
+    assert_same_run(ppo, tmp_path / "alone", tmp_path / "killed")
+
+
+@control
+def test_the_same_seed_twice_gives_the_same_weights_and_another_seed_others(ppo, tmp_path):
+    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
+        options = ["--seed", seed, "--total-timesteps", 1024, "--num-steps", 64, "--run-dir", tmp_path / name]
+        subprocess.run(command(ppo, *options, "--eval-episodes", 1), check=True, capture_output=True)
+    assert_same_run(ppo, tmp_path / "one", tmp_path / "two")
+    one, other = (ppo.load_checkpoint(tmp_path / name)["agent"] for name in ("one", "other"))
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
+
+
+@control
+def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way(ppo, tmp_path, capsys):
+    options = dict(anneal_lr=False, eval_episodes=1)
+    ppo.train(small(ppo, tmp_path / "long", total_timesteps=1024, **options))
+    ppo.train(small(ppo, tmp_path / "short", total_timesteps=512, **options))
+    args = dataclasses.replace(ppo.load_args(tmp_path / "short"), resume=str(tmp_path / "short"))
+    ppo.train(dataclasses.replace(args, total_timesteps=1024))
+    assert "schedules now follow this length" in capsys.readouterr().err
+    long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
+    assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
+    with pytest.raises(ppo.UserError, match="can grow, not shrink: the run has 1024"):
+        ppo.train(args)
+
+
+@control
+def test_a_complete_run_resumed_says_so_evaluates_and_changes_nothing(ppo, run_dir, capsys):
+    returns = ppo.train(small(ppo, run_dir))
+    weights, points = ppo.load_checkpoint(run_dir), curve(run_dir)
+    evaluation = capsys.readouterr().out.splitlines()[0]
+    assert ppo.train(dataclasses.replace(ppo.load_args(run_dir), resume=str(run_dir))) == returns
+    said = capsys.readouterr()
+    assert "is complete" in said.err and said.out.splitlines()[0] == evaluation
+    assert same(ppo.load_checkpoint(run_dir), weights) and curve(run_dir) == points
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def flip_a_byte(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    place = largest.header_offset + 200 + largest.file_size // 2
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def saved(thing, **options):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer, **options)
+    return buffer.getvalue()
+
+
+@control
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: b"", "is damaged, or no checkpoint"),
+        (lambda data: data[: len(data) // 2], "is damaged, or no checkpoint"),
+        (flip_a_byte, "is damaged, or no checkpoint"),
+        (lambda data: b"hello " * 1000, "is damaged, or no checkpoint"),
+        (lambda data: saved({"state_dict": torch.ones(3)}), "is damaged, or no checkpoint"),
+        (lambda data: saved(torch.ones(3)), "is damaged, or no checkpoint"),
+        (lambda data: saved({"script": "ppo_other", "format": 1}), "is of ppo_other.py, format 1"),
+        (lambda data: saved(Malicious()), "is damaged, or no checkpoint"),
+        (lambda data: pickle.dumps(Malicious()), "is damaged, or no checkpoint"),
+        (
+            lambda data: saved(Malicious(), _use_new_zipfile_serialization=False),
+            "is damaged, or no checkpoint",
+        ),
+    ],
+    ids=[
+        "empty",
+        "truncated",
+        "flipped",
+        "text",
+        "foreign",
+        "tensor",
+        "other",
+        "evil",
+        "evil pickle",
+        "evil old",
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_and_executes_nothing(ppo, run_dir, spoil, message):
+    if not (run_dir / "checkpoint.pt").exists():
+        ppo.train(small(ppo, run_dir, total_timesteps=128, eval_episodes=1))
+    path = run_dir / "checkpoint.pt"
+    path.write_bytes(spoil(path.read_bytes()))
+    for use in (ppo.load_checkpoint, ppo.load_args, ppo.load_agent):
+        with pytest.raises(ppo.UserError, match=message):
+            use(run_dir)
+
+
+@control
+def test_a_checkpoint_is_at_any_moment_the_old_one_or_the_new(ppo, run_dir, monkeypatch):
+    ppo.train(small(ppo, run_dir))
+    before = ppo.load_checkpoint(run_dir)
+    monkeypatch.setattr(torch, "save", lambda thing, file: file.write(b"half a check") and 1 / 0)
+    args = dataclasses.replace(ppo.load_args(run_dir), resume=str(run_dir), total_timesteps=1024)
+    with pytest.raises(ZeroDivisionError):
+        ppo.train(args)
+    assert same(ppo.load_checkpoint(run_dir), before)
+
+
+@control
+def test_events_are_on_disk_before_the_checkpoint_takes_its_name(ppo, run_dir, monkeypatch):
+    points, replace = [], os.replace
+
+    def look(source, target):
+        points.append([step for step, _ in curve(run_dir).get("losses/value_loss", [])])
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    ppo.train(small(ppo, run_dir))
+    assert points == [[], [128, 256], [128, 256, 384, 512]]
