@@ -125,7 +125,7 @@ class Args:
     def __post_init__(self) -> None:
         for name, good, rule in [
             ("total_timesteps", self.total_timesteps >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a positive number"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
             ("num_envs", self.num_envs >= 1, "at least 1"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
@@ -133,8 +133,8 @@ class Args:
             ("num_minibatches", self.num_minibatches >= 1, "at least 1"),
             ("update_epochs", self.update_epochs >= 1, "at least 1"),
             ("clip_coef", self.clip_coef > 0, "positive (inf: no clipping)"),
-            ("ent_coef", 0 <= self.ent_coef < math.inf, "zero or a positive number"),
-            ("vf_coef", 0 <= self.vf_coef < math.inf, "zero or a positive number"),
+            ("ent_coef", 0 <= self.ent_coef < math.inf, "zero or positive"),
+            ("vf_coef", 0 <= self.vf_coef < math.inf, "zero or positive"),
             ("max_grad_norm", self.max_grad_norm > 0, "positive (inf: no clipping)"),
             ("target_kl", self.target_kl is None or self.target_kl > 0, "positive, or None"),
             ("log_std_init", -10 <= self.log_std_init <= 10, "between -10 and 10"),
@@ -147,9 +147,7 @@ class Args:
             ("eval_episodes", self.eval_episodes >= 1, "at least 1"),
         ]:
             if not good:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} will not do; it must be {rule}"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {rule}")
         rows = f"num_envs * num_steps = {self.batch_size}"
         if self.batch_size % self.num_minibatches:
             divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
@@ -161,7 +159,7 @@ class Args:
             )
         if self.minibatch_size == 1:
             raise ValueError(
-                f"{rows} in --num-minibatches {self.num_minibatches} leaves one row each; 2 or more will do"
+                f"{rows} in --num-minibatches {self.num_minibatches} leaves only one row for each"
             )
         if self.num_iterations == 0:
             raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
@@ -816,7 +814,9 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write("stopped: --resume with the run's folder goes on from its last checkpoint", file=sys.stderr)
+        tqdm.write(
+            "stopped: --resume with the run's folder goes on from its last checkpoint", file=sys.stderr
+        )
         sys.exit(130)
 
 

@@ -1,0 +1,252 @@
+"""The command line: what a user gets wrong is told in one line, with exit code 2 and no traceback."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from suite import ROOT, control, register, small
+
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def shell(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def refusal(ppo, monkeypatch, capsys, *arguments):
+    """What main() says when it refuses; it must be one line (or tyro's one box) and exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.strip().splitlines()
+    assert "For full helptext" in said.err or (len(lines) == 1 and lines[0].startswith("error: "))
+    return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in lines).split())
+
+
+@control
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            "--num-minibatches 5",
+            "num_envs * num_steps = 2048 does not divide into --num-minibatches 5; 4 or 8",
+        ),
+        ("--num-minibatches 4096", "does not divide into --num-minibatches 4096; 2048 would do"),
+        ("--num-minibatches 2048", "leaves only one row for each"),
+        (
+            "--total-timesteps 100",
+            "--total-timesteps 100 is less than one rollout of num_envs * num_steps = 2048",
+        ),
+        ("--total-timesteps 0", "--total-timesteps is 0; it must be at least 1"),
+        ("--learning-rate nan", "--learning-rate is nan; it must be positive"),
+        ("--gamma 1.5", "--gamma is 1.5; it must be between 0 and 1"),
+        ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must be between 0 and 1"),
+        ("--clip-coef 0", "--clip-coef is 0.0; it must be positive"),
+        ("--target-kl 0", "--target-kl is 0.0; it must be positive, or None"),
+        ("--num-envs 0", "--num-envs is 0; it must be at least 1"),
+        ("--update-epochs 0", "--update-epochs is 0; it must be at least 1"),
+        ("--eval-episodes 0", "--eval-episodes is 0; it must be at least 1"),
+        ("--checkpoint-every 0", "--checkpoint-every is 0; it must be at least 1, or None"),
+        ("--seed -1", "--seed is -1; it must be zero or more"),
+        ("--seed one", "invalid literal for int"),
+        ("--no-such-option 1", "no-such-option"),
+        ("--resume nowhere", "nowhere/checkpoint.pt does not exist"),
+        ("--evaluate nowhere", "nowhere/checkpoint.pt does not exist"),
+        ("--env-id Pendulum-v7", "Environment version `v7` for environment `Pendulum` doesn't exist"),
+        ("--env-id Pendulumm-v1", "Near: Pendulum-v1"),
+        ("--env-id nonsense", "nonsense: Environment `nonsense` doesn't exist"),
+        ("--env-id not/an/id", "not/an/id: Malformed environment ID"),
+        ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_told_in_one_line(
+    ppo, monkeypatch, capsys, tmp_path, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal(ppo, monkeypatch, capsys, *arguments.split())
+
+
+@control
+class TestTasks:
+    def refused(self, ppo, monkeypatch, capsys, tmp_path, env_id):
+        monkeypatch.chdir(tmp_path)
+        return refusal(ppo, monkeypatch, capsys, "--env-id", env_id)
+
+    def test_a_missing_extra_comes_with_the_install_command(self, ppo, monkeypatch, capsys, tmp_path):
+        for name in [name for name in sys.modules if name.split(".")[0] == "mujoco" or "envs.mujoco" in name]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "mujoco", None)
+        said = self.refused(ppo, monkeypatch, capsys, tmp_path, "HalfCheetah-v5")
+        assert 'pip install "gymnasium[mujoco]"' in said
+
+    def test_observations_that_do_not_flatten(self, ppo, monkeypatch, capsys, tmp_path):
+        env_id = register("Spaces", observation_space=spaces.Sequence(BOX), action_space=BOX)
+        assert "do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+
+    def test_a_discrete_task_in_the_continuous_script(self, ppo, monkeypatch, capsys, tmp_path):
+        said = self.refused(ppo, monkeypatch, capsys, tmp_path, "CartPole-v1")
+        assert "try python ppo_discrete.py --env-id CartPole-v1" in said
+
+    def test_actions_that_are_whole_numbers(self, ppo, monkeypatch, capsys, tmp_path):
+        space = spaces.Box(0, 5, (2,), np.int64)
+        env_id = register("Spaces", observation_space=BOX, action_space=space)
+        assert "needs a Box of real numbers" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+
+    def test_images_in_a_script_without_a_network_for_them(self, ppo, monkeypatch, capsys, tmp_path):
+        images = spaces.Box(0, 255, (96, 96, 3), np.uint8)
+        env_id = register("Spaces", observation_space=images, action_space=BOX)
+        assert "only ppo_discrete.py" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+
+
+@control
+class TestRuns:
+    def test_cuda_without_a_gpu_is_refused(self, ppo, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "--cuda asks for a GPU and torch finds none" in refusal(ppo, monkeypatch, capsys, "--cuda")
+
+    def test_a_run_folder_in_use_is_not_overwritten(self, ppo, monkeypatch, capsys, run_dir):
+        ppo.train(small(ppo, run_dir))
+        capsys.readouterr()
+        said = refusal(ppo, monkeypatch, capsys, "--run-dir", run_dir)
+        assert f"{run_dir} holds a run already: --resume {run_dir}" in said
+
+    def test_a_run_folder_that_cannot_be_made(self, ppo, monkeypatch, capsys, tmp_path):
+        (tmp_path / "file").touch()
+        said = refusal(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "file" / "run")
+        assert "cannot make the folder" in said
+
+    def test_resume_and_evaluate_take_only_what_cannot_change_the_result(
+        self, ppo, monkeypatch, capsys, run_dir
+    ):
+        ppo.train(small(ppo, run_dir))
+        capsys.readouterr()
+        for action in ("--resume", "--evaluate"):
+            said = refusal(ppo, monkeypatch, capsys, action, run_dir, "--gamma", "0.9", "--seed", "5")
+            assert "--gamma, --seed: a saved run keeps its own options" in said
+        assert "give one of them" in refusal(
+            ppo, monkeypatch, capsys, "--resume", run_dir, "--evaluate", run_dir
+        )
+        assert "--total-timesteps" in refusal(
+            ppo, monkeypatch, capsys, "--evaluate", run_dir, "--total-timesteps", "9999"
+        )
+
+    def test_evaluate_plays_the_saved_agent_and_takes_its_options(self, ppo, monkeypatch, capsys, run_dir):
+        ppo.train(small(ppo, run_dir))
+        trained = capsys.readouterr().out.splitlines()[0]
+        monkeypatch.setattr(sys, "argv", ["x", "--evaluate", str(run_dir)])
+        ppo.main()
+        assert capsys.readouterr().out.splitlines() == [trained]
+        monkeypatch.setattr(
+            sys, "argv", ["x", f"--evaluate={run_dir}", "--eval-episodes", "4", "--async-envs"]
+        )
+        ppo.main()
+        assert "over 4 deterministic episodes" in capsys.readouterr().out
+
+    def test_ctrl_c_says_how_to_go_on(self, ppo, monkeypatch, capsys, run_dir):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ppo, "running_sums", interrupted)
+        monkeypatch.setattr(sys, "argv", ["x", "--run-dir", str(run_dir)])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        assert stop.value.code == 130
+        assert "--resume with the run's folder" in capsys.readouterr().err
+
+    def test_missing_camera_and_missing_tracker_are_told_before_training(
+        self, ppo, monkeypatch, capsys, run_dir
+    ):
+        monkeypatch.setitem(sys.modules, "moviepy", None)
+        said = refusal(ppo, monkeypatch, capsys, "--capture-video", "--run-dir", run_dir)
+        assert 'pip install "gymnasium[' in said
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "wandb" and find(name))
+        assert "pip install wandb" in refusal(ppo, monkeypatch, capsys, "--track", "--run-dir", run_dir)
+
+
+@control
+def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
+    with pytest.raises(ValueError, match="4 or 8 would do"):
+        ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
+    with pytest.raises(ValueError, match="Near: Pendulum-v1"):
+        ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
+
+
+@control
+def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_2(ppo, tmp_path):
+    result = shell(ROOT / f"{ppo.__name__}.py", "--env-id", "Pendulumm-v1", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: Pendulumm-v1") and len(result.stderr.splitlines()) == 1
+
+
+@control
+def test_help_explains_every_option(ppo, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for name in ppo.Args.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in said
+
+
+@control
+def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
+    """Table 3, and what its authors' code did besides: nothing normalised but advantages."""
+    args = ppo.Args(
+        num_envs=1,
+        num_steps=2048,
+        num_minibatches=32,
+        update_epochs=10,
+        learning_rate=3e-4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_coef=0.2,
+        log_std_init=0.0,
+        max_grad_norm=float("inf"),
+        anneal_lr=False,
+        norm_obs=False,
+        norm_reward=False,
+        total_timesteps=2048,
+        eval_episodes=1,
+        run_dir=str(run_dir),
+    )
+    assert args.minibatch_size == 64
+    assert len(ppo.train(args)) == 10
+
+
+@control
+@pytest.mark.slow
+def test_capture_video_films_the_first_environment_of_the_evaluation(ppo, run_dir, recwarn):
+    pytest.importorskip("moviepy", reason="filming needs requirements-extra.txt")
+    ppo.train(small(ppo, run_dir, capture_video=True, env_id="Pendulum-v1"))
+    films = list((run_dir / "videos").glob("*.mp4"))
+    assert films and all(film.stat().st_size > 1000 for film in films)
+
+
+@control
+@pytest.mark.slow
+def test_track_sends_the_run_to_weights_and_biases(ppo, tmp_path):
+    pytest.importorskip("wandb", reason="tracking needs requirements-extra.txt")
+    import os
+
+    options = ["--track", "--total-timesteps", "1024", "--num-steps", "64", "--eval-episodes", "1"]
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    result = shell(
+        ROOT / f"{ppo.__name__}.py", *options, "--run-dir", tmp_path / "run", env=env, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.rglob("*.wandb"))
