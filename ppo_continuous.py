@@ -20,11 +20,8 @@ Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observati
 
 import argparse
 import difflib
-import functools
-import importlib.util
 import math
 import os
-import re
 import sys
 import time
 import zipfile
@@ -123,46 +120,27 @@ class Args:
         return self.checkpoint_every or max(1, self.num_iterations // 10)
 
     def __post_init__(self) -> None:
-        for name, good, rule in [
-            ("total_timesteps", self.total_timesteps >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive"),
-            ("num_envs", self.num_envs >= 1, "at least 1"),
-            ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
-            ("gae_lambda", 0 <= self.gae_lambda <= 1, "between 0 and 1"),
-            ("num_minibatches", self.num_minibatches >= 1, "at least 1"),
-            ("update_epochs", self.update_epochs >= 1, "at least 1"),
-            ("clip_coef", self.clip_coef > 0, "positive (inf: no clipping)"),
-            ("ent_coef", 0 <= self.ent_coef < math.inf, "zero or positive"),
-            ("vf_coef", 0 <= self.vf_coef < math.inf, "zero or positive"),
-            ("max_grad_norm", self.max_grad_norm > 0, "positive (inf: no clipping)"),
-            ("target_kl", self.target_kl is None or self.target_kl > 0, "positive, or None"),
-            ("log_std_init", -10 <= self.log_std_init <= 10, "between -10 and 10"),
-            ("seed", self.seed >= 0, "zero or more"),
-            (
-                "checkpoint_every",
-                self.checkpoint_every is None or self.checkpoint_every >= 1,
-                "at least 1, or None",
-            ),
-            ("eval_episodes", self.eval_episodes >= 1, "at least 1"),
-        ]:
-            if not good:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {rule}")
-        rows = f"num_envs * num_steps = {self.batch_size}"
-        if self.batch_size % self.num_minibatches:
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
-            below = max(d for d in divisors if d < self.num_minibatches)
-            above = min((d for d in divisors if d > self.num_minibatches), default=below)
-            would_do = f"{below} would do" if above == below else f"{below} or {above} would do"
+        limits = {"seed": (0, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1), "log_std_init": (-10, 10)}
+        limits |= {"learning_rate": (1e-12, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6)}
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = limits.get(name, (1 if isinstance(value, int) else 1e-12, math.inf))
+                if not low <= value <= high:
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} is {value}; it must lie between {low} and {high}")
+        rows, parts = self.batch_size, self.num_minibatches
+        if rows % parts or rows == parts:  # one row alone has no deviation to normalise by
+            nearest = sorted((d for d in range(1, rows) if rows % d == 0), key=lambda d: abs(d - parts))[:2]
+            would_do = " or ".join(str(d) for d in sorted(nearest)) or "nothing"
             raise ValueError(
-                f"{rows} does not divide into --num-minibatches {self.num_minibatches}; {would_do}"
-            )
-        if self.minibatch_size == 1:
-            raise ValueError(
-                f"{rows} in --num-minibatches {self.num_minibatches} leaves only one row for each"
+                f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} "
+                f"of two rows or more; {would_do} would do"
             )
         if self.num_iterations == 0:
-            raise ValueError(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+            steps = self.total_timesteps
+            raise ValueError(
+                f"--total-timesteps {steps} is less than one rollout, num_envs * num_steps = {rows}"
+            )
         if self.resume and self.evaluate:
             raise ValueError("--resume goes on training and --evaluate only plays: give one of them")
 
@@ -413,7 +391,7 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
         return env
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    env_fns = [functools.partial(make, index) for index in range(num_envs)]
+    env_fns = [lambda index=index: make(index) for index in range(num_envs)]
     return vector_env(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -448,16 +426,15 @@ def train(args: Args) -> list[float]:
             # From here on all that is random follows from (seed, iteration): so a resumed run equals one that
             # was never stopped. The environments are made anew because a used one, given reset(seed), need
             # not repeat a fresh one (BipedalWalker does not).
-            save_checkpoint(args, run_dir, writer, agent, optimizer, iteration, episode_returns)
+            writer.flush()  # events first: a resumed run drops those of a later step, but cannot add lost ones
+            save_checkpoint(run_dir, args, iteration, episode_returns, agent, optimizer)
             torch.manual_seed(derive_seed(args.seed, iteration))
             if envs is not None:
                 envs.close()
             envs = open_envs(args, args.num_envs)
             raw_obs, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
             current_obs = torch.as_tensor(raw_obs, dtype=torch.float32, device=device)
-            sums = np.zeros(
-                (args.num_envs, 3)
-            )  # discounted return, return and length of the episodes in progress
+            sums = np.zeros((args.num_envs, 3))  # of the episodes in progress, see running_sums
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
 
@@ -516,11 +493,10 @@ def train(args: Args) -> list[float]:
             new_logprobs = gaussian_logprobs(actions[mb], mean, log_std)
             # not in the paper: keeps clip_coef and the learning rate meaningful across reward scales
             mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
-            policy_loss = clipped_policy_loss(
-                new_logprobs, logprobs[mb], mb_advantages, args.clip_coef
-            ).mean()
+            policy_losses = clipped_policy_loss(new_logprobs, logprobs[mb], mb_advantages, args.clip_coef)
             clip_value = args.clip_coef if args.clip_vloss else None
-            critic_loss = value_loss(agent.value(obs[mb]), values[mb], returns[mb], clip_value).mean()
+            value_losses = value_loss(agent.value(obs[mb]), values[mb], returns[mb], clip_value)
+            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
             entropy = gaussian_entropy(log_std)
             loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
@@ -530,11 +506,8 @@ def train(args: Args) -> list[float]:
             with torch.no_grad():
                 kl = approx_kl(new_logprobs, logprobs[mb])
                 clipfrac = clip_fraction(new_logprobs, logprobs[mb], args.clip_coef)
-            metrics.append(
-                torch.stack(
-                    [x.detach() for x in (policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)]
-                )
-            )
+            parts = (policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)
+            metrics.append(torch.stack(parts).detach())
             if args.target_kl is not None and kl > args.target_kl:
                 break
             optimizer.step()
@@ -562,7 +535,8 @@ def train(args: Args) -> list[float]:
     returns = evaluate(agent, args, run_dir)
     if first_iteration < args.num_iterations:  # else the run was complete before, and holds this already
         writer.add_scalar("eval/episodic_return", np.mean(returns), args.num_iterations * args.batch_size)
-        save_checkpoint(args, run_dir, writer, agent, optimizer, args.num_iterations, episode_returns)
+        writer.flush()
+        save_checkpoint(run_dir, args, args.num_iterations, episode_returns, agent, optimizer)
     writer.close()
     print(f"run: {run_dir}")
     return episode_returns
@@ -572,14 +546,7 @@ def train(args: Args) -> list[float]:
 
 
 SCRIPT, FORMAT = "ppo_continuous", 1  # what a checkpoint says of itself
-FREE_OPTIONS = {
-    "resume",
-    "evaluate",
-    "eval_episodes",
-    "capture_video",
-    "async_envs",
-    "track",
-}  # change no result
+FREE_OPTIONS = {"resume", "evaluate", "eval_episodes", "capture_video", "async_envs", "track"}
 
 
 class UserError(ValueError):
@@ -661,34 +628,29 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
             )
 
 
-def check_unchanged(args: Args, run_dir: str, *may_change: str) -> Args:
-    """Refuses options that say something else than the run in run_dir did; gives that run's own."""
+def check_unchanged(args: Args, run_dir: str) -> None:
+    """Refuses options that say something else than the run in run_dir did; a resumed one may grow longer."""
     saved = load_args(run_dir)
-    changed = {name for name, value in vars(args).items() if value != getattr(saved, name)} - FREE_OPTIONS
-    if refused := sorted(changed.difference(may_change)):
-        names = ", ".join("--" + name.replace("_", "-") for name in refused)
-        raise UserError(
-            f"{names}: a saved run keeps its own options; leave out what differs, or start a new run"
-        )
-    return saved
+    changed = {name for name, value in vars(args).items() if value != getattr(saved, name)}.difference(
+        FREE_OPTIONS
+    )
+    if changed == {"total_timesteps"} and args.resume and args.total_timesteps > saved.total_timesteps:
+        print(f"going on to {args.total_timesteps} steps; schedules now follow this length", file=sys.stderr)
+    elif changed:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(changed))
+        raise UserError(f"{names}: a saved run keeps its own options (--resume lets --total-timesteps grow)")
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
     """The folder of the run and, if it is to go on, its checkpoint."""
     if args.resume:
-        saved = check_unchanged(args, args.resume, "total_timesteps")
-        run_dir, checkpoint = Path(args.resume), load_checkpoint(args.resume)
-        if args.total_timesteps < saved.total_timesteps:
-            raise UserError(f"--total-timesteps can grow, not shrink: the run has {saved.total_timesteps}")
-        if args.total_timesteps > saved.total_timesteps:
-            print(
-                f"going on to {args.total_timesteps} steps; schedules now follow this length", file=sys.stderr
-            )
+        check_unchanged(args, args.resume)
+        checkpoint = load_checkpoint(args.resume)
         if checkpoint["iteration"] == args.num_iterations:
-            print(f"{run_dir} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
-        return run_dir, checkpoint
-    name = f"{re.sub('[^A-Za-z0-9.-]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or Path("runs") / name)
+            print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
+        return Path(args.resume), checkpoint
+    name = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT}__{args.seed}__{int(time.time())}")
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
     try:
@@ -701,10 +663,10 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
 def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
     """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
     if args.track:
-        if not importlib.util.find_spec("wandb"):
-            raise UserError("--track needs Weights & Biases: pip install wandb")
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--track needs Weights & Biases: pip install wandb") from error
         wandb.init(id=run_dir.name, resume="allow", dir=run_dir, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
     if resumed_at is None:
@@ -726,26 +688,18 @@ def open_progress(args: Args, run_dir: Path, step: int) -> tqdm:
 
 
 def save_checkpoint(
-    args: Args,
     run_dir: Path,
-    writer: SummaryWriter,
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
+    args: Args,
     iteration: int,
     episode_returns: list[float],
+    agent: Agent,
+    optimizer: torch.optim.Adam,
 ) -> None:
     """Writes all there is of a run to run_dir/checkpoint.pt, at any moment either the old one or the new."""
-    writer.flush()  # events first: a resumed run drops those that are too many, but cannot make lost ones
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
-    checkpoint = {
-        "format": FORMAT,
-        "script": SCRIPT,
-        "args": options,
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "iteration": iteration,
-        "episode_returns": torch.tensor(episode_returns, dtype=torch.float64),
-    }
+    checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "iteration": iteration}
+    checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint["episode_returns"] = torch.tensor(episode_returns, dtype=torch.float64)
     path, written = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp"
     with open(written, "wb") as file:
         torch.save(checkpoint, file)

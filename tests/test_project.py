@@ -1,0 +1,173 @@
+"""The project as a whole: shared text, files that stand alone, a README that tells the truth."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+
+import pytest
+from suite import ROOT, SCRIPTS
+
+# Names that have another text in another script, each with the reason why.
+DIFFERENT: dict[str, str] = {}
+
+
+def definitions(script):
+    """Top-level functions and classes of a script: name -> text."""
+    text = (ROOT / f"{script.__name__}.py").read_text()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+
+
+def test_one_name_has_one_text_in_all_scripts():
+    texts = defaultdict(set)
+    for script in SCRIPTS:
+        for name, text in definitions(script).items():
+            texts[name].add(text)
+    different = {name for name, variants in texts.items() if len(variants) > 1}
+    assert different == set(DIFFERENT), "make the texts equal, or give (or drop) the reason in DIFFERENT"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+class TestScript:
+    def test_imports_nothing_of_this_project(self, script):
+        tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+        names = [
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        ]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        allowed = {"gymnasium", "numpy", "torch", "tqdm", "tyro", "wandb"} | sys.stdlib_module_names
+        assert {name.split(".")[0] for name in names} <= allowed
+
+    def test_its_metadata_block_names_what_it_imports_in_ranges_that_hold_what_is_pinned(self, script):
+        text = (ROOT / f"{script.__name__}.py").read_text()
+        block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text).group(1)
+        metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
+        ranges = {re.match(r"[\w-]+", entry).group(): entry for entry in metadata["dependencies"]}
+        pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+        assert set(ranges) == set(pins) - {"pytest", "ruff"}
+        for name, entry in ranges.items():
+            lowest = re.search(r">=([\d.]+)", entry)
+            if lowest:
+                number = lambda version: [int(x) for x in re.findall(r"\d+", version)[:3]]  # noqa: E731
+                assert number(lowest.group(1)) <= number(pins[name])
+            importlib.metadata.version(name)
+
+    def test_alone_in_an_empty_folder_it_runs(self, script, tmp_path):
+        path = shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "copied.py")
+        options = ["--total-timesteps", "2048", "--eval-episodes", "1"]
+        subprocess.run([sys.executable, path, *options], check=True, capture_output=True, cwd=tmp_path)
+        (run,) = (tmp_path / "runs").iterdir()
+        assert (run / "checkpoint.pt").exists()
+
+    def test_importing_it_does_nothing(self, script, tmp_path):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.__name__}"
+        result = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.stdout == result.stderr == "" and not list(tmp_path.iterdir())
+
+    def test_no_function_but_train_is_longer_than_40_lines(self, script):
+        tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        long = {node.name for node in functions if node.end_lineno - node.lineno + 1 > 40}
+        assert long <= {"train"}
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def table(section):
+    """The rows of the first table in a section of README.md, as lists of cells."""
+    text = README.split(f"## {section}")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_details_table_names_functions_defaults_and_switches_that_exist():
+    (ppo,) = [script for script in SCRIPTS if script.__name__ == "ppo_continuous"]
+    names, defaults = definitions(ppo), ppo.Args()
+    text = (ROOT / "ppo_continuous.py").read_text()
+    for detail, where, _source, default, switch in table("Details"):
+        for name in re.findall(r"`([\w.]+)(?:\(\))?`", where):
+            assert all(f"def {part}(" in text or part in names for part in name.split(".")), (detail, name)
+        for option in re.findall(r"`--(?:no-)?([\w-]+)", switch):
+            assert hasattr(defaults, option.replace("-", "_")), (detail, option)
+        for option, value in re.findall(r"`(\w+) = ([^`]+)`", default):
+            assert repr(getattr(defaults, option)) == value, (detail, option)
+
+
+def test_every_path_that_the_readme_links_to_exists():
+    paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
+    assert paths and all((ROOT / path).exists() for path in paths)
+
+
+def readme_blocks(language):
+    """The code blocks of README.md with the comment that stands before them, if any."""
+    return re.findall(rf"(?:<!-- test: (.*?) -->\n)?```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_lines_of_the_readme_run(tmp_path, monkeypatch):
+    blocks = "\n".join(code for _, code in readme_blocks("python"))
+    (run,) = set(re.findall(r'"(runs/\w+)"', blocks))
+    subprocess.run(
+        [sys.executable, str(ROOT / "ppo_continuous.py"), "--total-timesteps", "2048", "--run-dir", run],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    monkeypatch.syspath_prepend(ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", blocks],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def commands():
+    """Every command in README.md, with the mark that stands before its block."""
+    found = []
+    for mark, block in readme_blocks("bash"):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            line = line.split("  #")[0].strip()
+            if line and not line.startswith("#"):
+                found.append((mark, line))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mark", "line"), commands(), ids=lambda x: str(x)[:60])
+def test_every_command_of_the_readme_runs(mark, line, tmp_path):
+    """As it is written where it is short; a training command marked long gets fewer steps."""
+    if mark.startswith("by hand"):
+        pytest.skip(mark)
+    if "mujoco" in mark:
+        pytest.importorskip("mujoco", reason="needs requirements-extra.txt")
+    if "moviepy" in mark:
+        pytest.importorskip("moviepy", reason="needs requirements-extra.txt")
+    for path in [
+        *ROOT.glob("ppo_*.py"),
+        ROOT / "requirements.txt",
+        ROOT / "README.md",
+        ROOT / "pyproject.toml",
+    ]:
+        shutil.copy(path, tmp_path)
+    if "runs/NAME" in line:
+        make = "python ppo_continuous.py --total-timesteps 2048 --eval-episodes 2 --run-dir runs/NAME"
+        run(make, tmp_path)
+    if "long" in mark:
+        line = re.sub(r" --total-timesteps [\d_]+", "", line) + " --total-timesteps 4096 --eval-episodes 2"
+    run(line, tmp_path)
+
+
+def run(line, folder):
+    line = re.sub(r"^python ", f"{sys.executable} ", line)
+    result = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert result.returncode == 0, f"{line}\n{result.stderr}"
