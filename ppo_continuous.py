@@ -130,7 +130,9 @@ class Args:
                     raise ValueError(f"--{option} is {value}; it must lie between {low} and {high}")
         rows, parts = self.batch_size, self.num_minibatches
         if rows % parts or rows == parts:  # one row alone has no deviation to normalise by
-            nearest = sorted((d for d in range(1, rows) if rows % d == 0), key=lambda d: abs(d - parts))[:2]
+            nearest = sorted(
+                (d for d in range(1, rows) if rows % d == 0), key=lambda d: abs(math.log(d / parts))
+            )[:2]
             would_do = " or ".join(str(d) for d in sorted(nearest)) or "nothing"
             raise ValueError(
                 f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} "
@@ -294,17 +296,13 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Gaussian policy, value function and the statistics that both see the world through."""
 
-    def __init__(
-        self, obs_size: int, action_low: Tensor, action_high: Tensor, log_std_init: float, norm_obs: bool
-    ) -> None:
+    def __init__(self, obs_size: int, action_low: Tensor, action_high: Tensor, args: Args) -> None:
         super().__init__()
         action_size = action_low.numel()
         self.actor = MLP(obs_size, action_size, last_gain=0.01)  # all actions nearly alike at the start
         self.critic = MLP(obs_size, 1, last_gain=1.0)
-        self.log_std = nn.Parameter(
-            torch.full((action_size,), float(log_std_init))
-        )  # the same in every state
-        self.norm_obs = norm_obs
+        self.log_std = nn.Parameter(args.log_std_init * torch.ones(action_size))  # the same in every state
+        self.norm_obs = args.norm_obs
         self.obs_moments = RunningMoments(obs_size)
         self.return_moments = RunningMoments(1)
         # [-1, 1] becomes [low, high]; where a bound is infinite, actions pass as they are
@@ -417,7 +415,11 @@ def train(args: Args) -> list[float]:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     writer = open_writer(args, run_dir, resumed_at=first_iteration * args.batch_size if checkpoint else None)
-    progress = open_progress(args, run_dir, first_iteration * args.batch_size)
+    line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
+    progress = tqdm(
+        desc=str(run_dir), total=args.num_iterations * args.batch_size, unit=" steps", bar_format=line
+    )
+    progress.update(first_iteration * args.batch_size)
     envs = None
 
     for iteration in range(first_iteration, args.num_iterations):
@@ -426,7 +428,7 @@ def train(args: Args) -> list[float]:
             # From here on all that is random follows from (seed, iteration): so a resumed run equals one that
             # was never stopped. The environments are made anew because a used one, given reset(seed), need
             # not repeat a fresh one (BipedalWalker does not).
-            writer.flush()  # events first: a resumed run drops those of a later step, but cannot add lost ones
+            writer.flush()  # events first: a resumed run drops those of a later step, cannot add lost ones
             save_checkpoint(run_dir, args, iteration, episode_returns, agent, optimizer)
             torch.manual_seed(derive_seed(args.seed, iteration))
             if envs is not None:
@@ -559,7 +561,7 @@ def new_agent(args: Args, run_dir: Path) -> Agent:
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
     envs.close()
     low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
-    return Agent(obs_size, low, high, args.log_std_init, args.norm_obs)
+    return Agent(obs_size, low, high, args)
 
 
 def open_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
@@ -678,15 +680,6 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
     return writer
 
 
-def open_progress(args: Args, run_dir: Path, step: int) -> tqdm:
-    """The one line on screen: run, share done, speed, time left, mean return of the last 20 episodes."""
-    line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
-    total = args.num_iterations * args.batch_size
-    return tqdm(
-        desc=str(run_dir), total=total, initial=step, unit=" steps", bar_format=line, dynamic_ncols=True
-    )
-
-
 def save_checkpoint(
     run_dir: Path,
     args: Args,
@@ -735,12 +728,9 @@ def load_args(run_dir: str | Path) -> Args:
 
 def load_agent(run_dir: str | Path, device: str = "cpu") -> Agent:
     """The agent of a saved run with its statistics: load_agent(run_dir).act(obs, deterministic=True)."""
-    checkpoint = load_checkpoint(run_dir)
-    state, options = checkpoint["agent"], checkpoint["args"]
+    state = load_checkpoint(run_dir)["agent"]
     obs_size = len(state["obs_moments.mean"])
-    agent = Agent(
-        obs_size, state["action_low"], state["action_high"], options["log_std_init"], options["norm_obs"]
-    )
+    agent = Agent(obs_size, state["action_low"], state["action_high"], load_args(run_dir))
     agent.load_state_dict(state)
     return agent.to(device)
 

@@ -12,7 +12,7 @@ LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 
 def box_agent(ppo, low=LOW, high=HIGH, obs_size=3, norm_obs=True):
     torch.manual_seed(0)
-    return ppo.Agent(obs_size, low, high, log_std_init=-0.5, norm_obs=norm_obs)
+    return ppo.Agent(obs_size, low, high, ppo.Args(log_std_init=-0.5, norm_obs=norm_obs))
 
 
 @scripts_with("gaussian_logprobs")

@@ -1,0 +1,92 @@
+"""How well the shipped defaults learn: every task, several seeds, one row per evaluation in a CSV file.
+
+    python benchmarks/learning.py                          all tasks; goes on where it was interrupted
+    python benchmarks/learning.py --tasks Hopper-v5 --seeds 1 2
+    python benchmarks/plot.py                              draws benchmarks/results/learning.csv
+
+Needs requirements-extra.txt for MuJoCo and Box2D. Runs are kept in runs/learning while they last.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
+COLUMNS = ["script", "task", "seed", "steps", "what", "value"]
+STEPS = {"Pendulum-v1": 100_000}  # all others: 300,000
+TASKS = [
+    *("Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"),
+    *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"),
+]
+
+
+@dataclass
+class Options:
+    """What to run."""
+
+    script: str = "ppo_continuous"
+    tasks: list[str] = field(default_factory=lambda: TASKS)
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+
+
+def rows_done() -> set[tuple[str, str, str]]:
+    """(script, task, seed) of the runs whose evaluation is in the results."""
+    if not RESULTS.exists():
+        return set()
+    with RESULTS.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["what"] == "eval/episodic_return"]
+    return {(row["script"], row["task"], row["seed"]) for row in rows}
+
+
+def run(script: str, task: str, seed: int) -> list[list]:
+    """Trains, or goes on training, and gives the rows for the results."""
+    folder = ROOT / "runs" / "learning" / f"{script}__{task}__{seed}"
+    start = [sys.executable, str(ROOT / f"{script}.py")]
+    if (folder / "checkpoint.pt").exists():
+        start += ["--resume", str(folder)]
+    else:
+        steps = STEPS.get(task, 300_000)
+        start += [
+            "--env-id",
+            task,
+            "--seed",
+            str(seed),
+            "--total-timesteps",
+            str(steps),
+            "--run-dir",
+            str(folder),
+        ]
+    subprocess.run(start, check=True)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    returns = events.Scalars("charts/episodic_return")
+    speed = sorted(event.value for event in events.Scalars("charts/SPS"))
+    evaluation = events.Scalars("eval/episodic_return")[0]
+    thinned = returns[:: max(1, len(returns) // 50)]
+    rows = [[event.step, "charts/episodic_return", event.value] for event in thinned]
+    rows += [[evaluation.step, "charts/SPS", speed[len(speed) // 2]]]
+    rows += [[evaluation.step, "eval/episodic_return", evaluation.value]]
+    return [[script, task, seed, step, what, f"{value:.5g}"] for step, what, value in rows]
+
+
+def main(options: Options) -> None:
+    """Runs what is missing from the results, one run after the other."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    for seed in options.seeds:
+        for task in options.tasks:
+            if (options.script, task, str(seed)) in rows_done():
+                continue
+            rows = run(options.script, task, seed)
+            with RESULTS.open("a", newline="") as file:  # all rows in one write, for others may append too
+                header = [] if os.fstat(file.fileno()).st_size else [COLUMNS]
+                file.write("".join(",".join(map(str, row)) + "\n" for row in header + rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
