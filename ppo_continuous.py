@@ -46,7 +46,7 @@ class Args:
     """Gymnasium id; `module:Name-v0` imports the module first"""
     total_timesteps: int = 100_000
     """environment steps of the whole run, over all environments"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """Adam's step size (alpha)"""
     num_envs: int = 8
     """parallel environments (N)"""
@@ -58,7 +58,7 @@ class Args:
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias against variance of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """minibatches that each epoch cuts the N * T rows into"""
     update_epochs: int = 10
     """passes over each rollout (K)"""
@@ -487,43 +487,50 @@ def train(args: Args) -> list[float]:
             x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)
         )
 
-        # 3. epochs
-        metrics = []
+        # 3. epochs: K passes over the rows, shuffled anew for each
+        losses, logprob_pairs = [], []
         shuffles = (torch.randperm(args.batch_size, device=device) for _ in range(args.update_epochs))
         for mb in (mb for shuffle in shuffles for mb in shuffle.split(args.minibatch_size)):
-            mean, log_std = agent.policy(obs[mb])
+            mb_obs, old_logprobs = obs[mb], logprobs[mb]
+            mean, log_std = agent.policy(mb_obs)
             new_logprobs = gaussian_logprobs(actions[mb], mean, log_std)
             # not in the paper: keeps clip_coef and the learning rate meaningful across reward scales
             mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
-            policy_losses = clipped_policy_loss(new_logprobs, logprobs[mb], mb_advantages, args.clip_coef)
+            policy_loss = clipped_policy_loss(
+                new_logprobs, old_logprobs, mb_advantages, args.clip_coef
+            ).mean()
             clip_value = args.clip_coef if args.clip_vloss else None
-            value_losses = value_loss(agent.value(obs[mb]), values[mb], returns[mb], clip_value)
-            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
+            critic_loss = value_loss(agent.value(mb_obs), values[mb], returns[mb], clip_value).mean()
             entropy = gaussian_entropy(log_std)
             loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
             weights.grad.zero_()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
-            with torch.no_grad():
-                kl = approx_kl(new_logprobs, logprobs[mb])
-                clipfrac = clip_fraction(new_logprobs, logprobs[mb], args.clip_coef)
-            parts = (policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)
-            metrics.append(torch.stack(parts).detach())
-            if args.target_kl is not None and kl > args.target_kl:
+            losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
+            logprob_pairs.append((new_logprobs.detach(), old_logprobs))
+            if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
         if args.norm_obs:
             agent.obs_moments.update(raw_obs_rows.flatten(0, 1))
 
         # 4. log: means over every minibatch of the iteration
+        policy_loss, critic_loss, entropy, grad_norm = torch.stack(losses).mean(0)
+        new_logprobs, old_logprobs = (torch.cat(x) for x in zip(*logprob_pairs, strict=True))
         step += args.batch_size
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
-        scalars = {f"losses/{name}": x for name, x in zip(names, torch.stack(metrics).mean(0), strict=True)}
-        check_finite(run_dir, step, **scalars)
-        scalars["losses/explained_variance"] = explained_variance(values, returns)
-        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
+        check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
+        scalars = {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": critic_loss,
+            "losses/entropy": entropy,
+            "losses/approx_kl": approx_kl(new_logprobs, old_logprobs),
+            "losses/clipfrac": clip_fraction(new_logprobs, old_logprobs, args.clip_coef),
+            "losses/explained_variance": explained_variance(values, returns),
+            "losses/grad_norm": grad_norm,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/SPS": args.batch_size / (time.perf_counter() - started),
+        }
         if len(finished):
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = finished[:, 1:].mean(0)
         for tag, value in scalars.items():

@@ -108,9 +108,7 @@ def main(options: Options) -> None:
             print(f"{side:20s} {speeds[side][-1]:8.0f} steps/s", flush=True)
     medians = {side: statistics.median(values) for side, values in speeds.items()}
     ratio = medians["ppo_continuous"] / medians["stable_baselines3"]
-    print(
-        f"ratio of medians: {ratio:.2f}  ({platform.processor() or platform.machine()}, torch {torch.__version__})"
-    )
+    print(f"ratio of medians: {ratio:.2f} (torch {torch.__version__}, {platform.machine()})")
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["side", "repetition", "steps_per_second"])

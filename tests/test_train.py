@@ -63,8 +63,8 @@ class TestInvariants:
         kls = spy(monkeypatch, ppo, "approx_kl")
         ppo.train(small(ppo, run_dir, target_kl=1e-9))
         # the first minibatch is at ratio one; the second shows what the first step did and is not stepped on
-        assert len(kls) == 8 and len(steps) == 4
-        assert all(kl <= 1e-9 for _, kl in kls[::2]) and all(kl > 1e-9 for _, kl in kls[1::2])
+        assert len(kls) == 12 and len(steps) == 4  # a third call for the mean that is logged
+        assert all(kl <= 1e-9 for _, kl in kls[::3]) and all(kl > 1e-9 for _, kl in kls[1::3])
 
     def test_the_learning_rate_falls_to_zero_over_the_run_or_stays(self, ppo, tmp_path):
         for anneal_lr, rates in ((True, [1e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [1e-3] * 4)):
