@@ -23,6 +23,7 @@ import difflib
 import math
 import os
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -71,11 +72,11 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus (c2)"""
     vf_coef: float = 0.5
-    """weight of the value loss (half of c1: the loss has a 0.5 of its own)"""
+    """weight of the value loss (2 c1: the loss has a 0.5 of its own)"""
     max_grad_norm: float = 0.5
     """largest L2 norm of the whole gradient"""
     target_kl: float | None = None
-    """stop the epochs before a step at which approx_kl exceeds this, in nats (None: never)"""
+    """stop the epochs at the first minibatch whose approx_kl exceeds this, in nats (None: never)"""
     log_std_init: float = -0.5
     """log standard deviation of the actions at the start, in units of half the action range"""
     norm_obs: bool = True
@@ -83,25 +84,25 @@ class Args:
     norm_reward: bool = True
     """divide rewards by the running deviation of the discounted return"""
     seed: int = 1
-    """seed of everything random"""
+    """seed of weights, noise, shuffles and environments"""
     cuda: bool = False
     """learn on the GPU (small networks are faster on the CPU)"""
     async_envs: bool = False
-    """run the environments in processes of their own: same results, faster where a step is slow"""
+    """one process per environment: same results, faster if a step is slow"""
     run_dir: str | None = None
     """folder of the run (None: runs/{env_id}__{script}__{seed}__{time})"""
     checkpoint_every: int | None = None
-    """iterations between checkpoints (None: a tenth of the run)"""
+    """iterations between checkpoints; episodes in progress are cut off there (None: a tenth of the run)"""
     eval_episodes: int = 20
-    """deterministic episodes played at the end"""
+    """episodes played with the mean action at the end"""
     capture_video: bool = False
-    """film the evaluation's first environment into the run folder"""
+    """film the evaluation's first environment into videos/ in the run folder"""
     track: bool = False
-    """send the run to Weights & Biases too (its own variables set project and entity)"""
+    """also log to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)"""
     resume: str | None = None
-    """folder of a run to go on with; its own arguments are used"""
+    """run folder to continue, with the options it was started with"""
     evaluate: str | None = None
-    """folder of a run whose saved agent is to play, without training"""
+    """run folder whose saved agent plays, without training"""
 
     @property
     def batch_size(self) -> int:
@@ -123,26 +124,22 @@ class Args:
         limits = {"seed": (0, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1), "log_std_init": (-10, 10)}
         limits |= {"learning_rate": (1e-12, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6)}
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                low, high = limits.get(name, (1 if isinstance(value, int) else 1e-12, math.inf))
-                if not low <= value <= high:
-                    option = name.replace("_", "-")
-                    raise ValueError(f"--{option} is {value}; it must lie between {low} and {high}")
+            option, kind = "--" + name.replace("_", "-"), type(value)
+            if kind not in (bool, int, float, str, type(None)):  # a checkpoint holds plain Python only
+                raise ValueError(f"{option} is a {kind.__name__}; it must be a plain Python value")
+            low, high = limits.get(name, (1 if kind is int else 1e-12, math.inf))
+            if kind in (int, float) and not low <= value <= high:
+                raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
         rows, parts = self.batch_size, self.num_minibatches
         if rows % parts or rows == parts:  # one row alone has no deviation to normalise by
-            nearest = sorted(
-                (d for d in range(1, rows) if rows % d == 0), key=lambda d: abs(math.log(d / parts))
-            )[:2]
-            would_do = " or ".join(str(d) for d in sorted(nearest)) or "nothing"
+            divisors = [d for d in range(1, rows) if rows % d == 0]
+            nearest = sorted(sorted(divisors, key=lambda d: abs(math.log(d / parts)))[:2])
             raise ValueError(
-                f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} "
-                f"of two rows or more; {would_do} would do"
+                f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} of two "
+                f"rows or more; {' or '.join(map(str, nearest)) or 'nothing'} would do"
             )
         if self.num_iterations == 0:
-            steps = self.total_timesteps
-            raise ValueError(
-                f"--total-timesteps {steps} is less than one rollout, num_envs * num_steps = {rows}"
-            )
+            raise ValueError(f"--total-timesteps is less than one rollout, num_envs * num_steps = {rows}")
         if self.resume and self.evaluate:
             raise ValueError("--resume goes on training and --evaluate only plays: give one of them")
 
@@ -192,7 +189,7 @@ def clipped_policy_loss(
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Per-element 0.5 * squared error. All (B,). With a clip_coef, moving farther from old_values is idle.
+    """Per-element 0.5 * squared error. All (B,). Moves of more than clip_coef gain nothing.
 
     not in the paper: the clipping is from its authors' code (openai/baselines, ppo2).
     """
@@ -234,9 +231,10 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np.ndarray) -> np.ndarray:
-    """Discounted return, return and length of every episode so far. (T, N), (T, N), (N, 3) -> (T, N, 3).
+    """Sums over the episode so far, after each row. (T, N), (T, N), start (N, 3) -> (T, N, 3).
 
-    start is what the rows before left; the row after a done begins from zero.
+    The three are c = r + gamma * c, whose deviation scales rewards; the return; the length. The row after
+    a done begins from zero, the first row from start.
     """
     per_step = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1).astype(np.float64)
     decays = np.array([gamma, 1.0, 1.0])
@@ -260,7 +258,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, rows: Tensor) -> None:
-        """Adds rows (B, size), exactly: Chan et al. 1979, the formula for two samples made one."""
+        """Adds rows (B, size): the moments of two samples made one, Chan et al. 1979."""
         rows = rows.double()
         mean, var, count = rows.mean(0), rows.var(0, correction=0), len(rows)
         total = self.count + count
@@ -272,7 +270,7 @@ class RunningMoments(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 64 tanh units, orthogonal weights, zero biases."""
+    """Two hidden layers of 64 tanh units."""
 
     def __init__(self, inputs: int, outputs: int, last_gain: float) -> None:
         super().__init__()
@@ -281,11 +279,8 @@ class MLP(nn.Module):
             nn.Linear(64, 64),
             nn.Linear(64, outputs),
         )
-        for layer, gain in [
-            (self.layer1, math.sqrt(2)),
-            (self.layer2, math.sqrt(2)),
-            (self.layer3, last_gain),
-        ]:
+        # not in the paper: orthogonal weights and zero biases
+        for layer, gain in zip(self.children(), (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -294,7 +289,7 @@ class MLP(nn.Module):
 
 
 class Agent(nn.Module):
-    """Gaussian policy, value function and the statistics that both see the world through."""
+    """Gaussian policy, value function, and the running statistics that normalise what they see."""
 
     def __init__(self, obs_size: int, action_low: Tensor, action_high: Tensor, args: Args) -> None:
         super().__init__()
@@ -315,19 +310,15 @@ class Agent(nn.Module):
         self.register_buffer("action_scale", scale.float().flatten())
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
-        """Raw observations (..., O) -> what the networks take."""
+        """Raw observations (..., O) -> what the networks take. Not in the paper."""
         if not self.norm_obs:
             return obs
         return ((obs - self.obs_moments.mean) * torch.rsqrt(self.obs_moments.var + 1e-8)).clamp(-10, 10)
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
-        """Rewards in deviations of the discounted return; not shifted, which would change the task."""
+        """Rewards divided by the deviation of the discounted return; centring would change the task."""
         var = self.return_moments.var
         return (rewards / torch.where(var > 0, var.sqrt(), 1.0)).clamp(-10, 10)
-
-    def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised observations (..., O) -> mean (..., A) and log standard deviation (A,) of actions."""
-        return self.actor(obs), self.log_std
 
     def value(self, obs: Tensor) -> Tensor:
         """Normalised observations (..., O) -> V(obs) (...), in normalised reward."""
@@ -341,10 +332,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray | Tensor:
         """Raw observations, one (O,) or a batch (N, O) -> actions for env.step(), of the same kind."""
-        mean, log_std = self.policy(
-            self.normalize_obs(torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device))
-        )
-        actions = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
+        raw_obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_std.device)
+        mean = self.actor(self.normalize_obs(raw_obs))
+        actions = mean if deterministic else mean + self.log_std.exp() * torch.randn_like(mean)
         actions = self.scale_actions(actions)
         return actions if torch.is_tensor(obs) else actions.cpu().numpy()
 
@@ -368,9 +358,11 @@ def flatten_parameters(model: nn.Module) -> Tensor:
 def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
     """The one place to replace for environments of your own.
 
-    Whatever it returns has num_envs, single_observation_space and single_action_space, resets in the
-    step that ends an episode (SAME_STEP, the last observation in info["final_obs"]) and gives new arrays
-    at every step. Environments that give tensors (on a GPU, say) are given tensors.
+    Called once with num_envs 1 for the spaces, then at every checkpoint and for the evaluation; the one
+    before is closed first. What it returns has num_envs, single_observation_space, single_action_space,
+    reset(seed=[one for each]), step and close; it resets in the step that ends an episode (SAME_STEP), with
+    the last observation in info["final_obs"], and gives new arrays at every step. If these are tensors (on
+    a GPU, say), its actions are, too.
     """
 
     def make(index: int) -> gym.Env:
@@ -382,7 +374,7 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
             raise UserError(
-                f"{args.env_id} shows images {space.shape}: only ppo_discrete.py has a network for them"
+                f"{args.env_id} shows images; of the scripts, only ppo_discrete.py has a network for them"
             )
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete (one-hot), Box of other shapes
@@ -394,50 +386,51 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed from a tuple of numbers; other tuples give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    """A 32-bit seed from a tuple of numbers; other tuples, of other lengths too, give unrelated seeds."""
+    return int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------------------------------- the algorithm
 
 
 def train(args: Args) -> list[float]:
-    """Algorithm 1 of the paper. Gives the return of every episode that ended in training, in that order."""
+    """Algorithm 1 of the paper. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
+    envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
     torch.manual_seed(derive_seed(args.seed))
-    agent = new_agent(args, run_dir).to(device)
+    low, high = (
+        torch.as_tensor(bound) for bound in (envs.single_action_space.low, envs.single_action_space.high)
+    )
+    agent = Agent(envs.single_observation_space.shape[0], low, high, args).to(device)
     weights = flatten_parameters(agent)
+    # not in the paper: epsilon 1e-5, TensorFlow's at the time
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     first_iteration, episode_returns = 0, []
     if checkpoint:
         first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"].tolist()
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    writer = open_writer(args, run_dir, resumed_at=first_iteration * args.batch_size if checkpoint else None)
+    first_step, last_step = first_iteration * args.batch_size, args.num_iterations * args.batch_size
+    writer = open_writer(args, run_dir, resumed_at=first_step if checkpoint else None)
     line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
-    progress = tqdm(
-        desc=str(run_dir), total=args.num_iterations * args.batch_size, unit=" steps", bar_format=line
-    )
-    progress.update(first_iteration * args.batch_size)
-    envs = None
+    progress = tqdm(desc=str(run_dir), initial=first_step, total=last_step, unit=" steps", bar_format=line)
+    value_clip_coef = args.clip_coef if args.clip_vloss else None
 
     for iteration in range(first_iteration, args.num_iterations):
-        started, step = time.perf_counter(), iteration * args.batch_size
-        if envs is None or iteration % args.checkpoint_interval == 0:
-            # From here on all that is random follows from (seed, iteration): so a resumed run equals one that
-            # was never stopped. The environments are made anew because a used one, given reset(seed), need
-            # not repeat a fresh one (BipedalWalker does not).
-            writer.flush()  # events first: a resumed run drops those of a later step, cannot add lost ones
-            save_checkpoint(run_dir, args, iteration, episode_returns, agent, optimizer)
+        started, step = time.perf_counter(), (iteration + 1) * args.batch_size
+        if iteration == first_iteration or iteration % args.checkpoint_interval == 0:
+            # Everything random from here on follows from (seed, iteration), so a resumed run equals one that
+            # never stopped. The environments are made anew because a used one, given reset(seed), need not
+            # repeat a fresh one (BipedalWalker does not).
+            save_checkpoint(run_dir, args, iteration, agent, optimizer, episode_returns)
             torch.manual_seed(derive_seed(args.seed, iteration))
-            if envs is not None:
-                envs.close()
+            envs.close()
             envs = open_envs(args, args.num_envs)
-            raw_obs, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
-            current_obs = torch.as_tensor(raw_obs, dtype=torch.float32, device=device)
+            env_obs, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
+            current_obs = torch.as_tensor(env_obs, dtype=torch.float32, device=device)
             sums = np.zeros((args.num_envs, 3))  # of the episodes in progress, see running_sums
-        if args.anneal_lr:
+        if args.anneal_lr:  # not in the paper for control; its Atari runs do it
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
 
         # 1. collect: T steps of N environments. The loop only acts; what can be batched comes later.
@@ -446,108 +439,119 @@ def train(args: Args) -> list[float]:
         noise = torch.randn(args.num_steps, args.num_envs, len(std), device=device)
         for t in range(args.num_steps):
             with torch.no_grad():
-                mean, _ = agent.policy(agent.normalize_obs(current_obs))
-                action = mean + std * noise[t]
+                action = agent.actor(agent.normalize_obs(current_obs)) + std * noise[t]
                 env_action = agent.scale_actions(action)
-            raw_obs, reward, termination, truncation, info = envs.step(
-                env_action if torch.is_tensor(raw_obs) else env_action.cpu().numpy()
+            env_obs, reward, termination, truncation, info = envs.step(
+                env_action if torch.is_tensor(env_obs) else env_action.cpu().numpy()
             )
-            successor = reset_obs = torch.as_tensor(raw_obs, dtype=torch.float32, device=device)
+            successor = reset_obs = torch.as_tensor(env_obs, dtype=torch.float32, device=device)
             done = termination | truncation
             if done.any():  # an episode's last action leads to its last observation, not to the reset
                 successor = reset_obs.clone()
-                for i in range(args.num_envs):
-                    if done[i]:
-                        successor[i] = torch.as_tensor(info["final_obs"][i])
+                for i in torch.as_tensor(done).nonzero().flatten().tolist():
+                    successor[i] = torch.as_tensor(info["final_obs"][i])
             rows.append((current_obs, action, successor, reward, termination, truncation))
             current_obs = reset_obs
-        obs, actions, next_obs, rewards, terminations, truncations = (
+        raw_obs, actions, raw_next_obs, rewards, terminations, truncations = (
             torch.stack([torch.as_tensor(x) for x in column]).to(device) for column in zip(*rows, strict=True)
         )
-        check_finite(run_dir, step, next_obs=next_obs, obs=obs, reward=rewards)
+        check_finite(run_dir, step - args.batch_size, next_obs=raw_next_obs, obs=raw_obs, reward=rewards)
         dones = (terminations | truncations).cpu().numpy()
         all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
-        sums, finished = all_sums[-1] * ~dones[-1, :, None], all_sums[dones]
-        episode_returns += finished[:, 1].tolist()
-        if (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == args.num_iterations:
-            truncations[-1] |= ~terminations[-1]  # here the environments stop: cut off, not dead
+        sums = all_sums[-1] * ~dones[-1, :, None]
+        _, ended_returns, ended_lengths = all_sums[dones].T
+        episode_returns += ended_returns.tolist()
 
-        # 2. advantages, from one pass over all rows with the weights that acted: so the first ratio is one
+        # 2. advantages, from one pass over all rows with the weights that acted: so the first ratio is one.
+        # (Before the environments are made anew the last row is a truncation: GAE ends there anyway.)
         with torch.no_grad():
             if args.norm_reward:  # nothing acts on rewards, so their scale may count these rows already
                 agent.return_moments.update(torch.as_tensor(all_sums[..., :1], device=device).flatten(0, 1))
                 rewards = agent.normalize_rewards(rewards)
-            raw_obs_rows, obs, next_obs = obs, agent.normalize_obs(obs), agent.normalize_obs(next_obs)
-            values, next_values = agent.value(obs), agent.value(next_obs)
-            logprobs = gaussian_logprobs(actions, *agent.policy(obs))
+            obs, next_obs = agent.normalize_obs(raw_obs), agent.normalize_obs(raw_next_obs)
+            old_values, next_values = agent.value(obs), agent.value(next_obs)
+            old_logprobs = gaussian_logprobs(actions, agent.actor(obs), agent.log_std)
             advantages, returns = compute_gae(
-                rewards.float(), values, next_values, terminations, truncations, args.gamma, args.gae_lambda
+                rewards.float(),
+                old_values,
+                next_values,
+                terminations,
+                truncations,
+                args.gamma,
+                args.gae_lambda,
             )
-        obs, actions, logprobs, values, advantages, returns = (
-            x.flatten(0, 1) for x in (obs, actions, logprobs, values, advantages, returns)
+        obs, actions, old_logprobs, old_values, advantages, returns = (
+            x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)
         )
 
-        # 3. epochs: K passes over the rows, shuffled anew for each
+        # 3. epochs: K passes over the shuffled rows, as one flat loop, so that one break ends them all
         losses, logprob_pairs = [], []
         shuffles = (torch.randperm(args.batch_size, device=device) for _ in range(args.update_epochs))
         for mb in (mb for shuffle in shuffles for mb in shuffle.split(args.minibatch_size)):
-            mb_obs, old_logprobs = obs[mb], logprobs[mb]
-            mean, log_std = agent.policy(mb_obs)
-            new_logprobs = gaussian_logprobs(actions[mb], mean, log_std)
+            mb_obs = obs[mb]
+            new_logprobs = gaussian_logprobs(actions[mb], agent.actor(mb_obs), agent.log_std)
+            new_values = agent.value(mb_obs)
             # not in the paper: keeps clip_coef and the learning rate meaningful across reward scales
             mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
-            policy_loss = clipped_policy_loss(
-                new_logprobs, old_logprobs, mb_advantages, args.clip_coef
-            ).mean()
-            clip_value = args.clip_coef if args.clip_vloss else None
-            critic_loss = value_loss(agent.value(mb_obs), values[mb], returns[mb], clip_value).mean()
-            entropy = gaussian_entropy(log_std)
+            policy_losses = clipped_policy_loss(new_logprobs, old_logprobs[mb], mb_advantages, args.clip_coef)
+            value_losses = value_loss(new_values, old_values[mb], returns[mb], value_clip_coef)
+            policy_loss, critic_loss, entropy = (
+                policy_losses.mean(),
+                value_losses.mean(),
+                gaussian_entropy(agent.log_std),
+            )
             loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
             weights.grad.zero_()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_([weights], args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_([weights], args.max_grad_norm)  # not in the paper
             losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
-            logprob_pairs.append((new_logprobs.detach(), old_logprobs))
+            logprob_pairs.append((new_logprobs.detach(), old_logprobs[mb]))
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
-        if args.norm_obs:
-            agent.obs_moments.update(raw_obs_rows.flatten(0, 1))
+        if (
+            args.norm_obs
+        ):  # frozen until here: what acted has also learned; the first iteration saw raw observations
+            agent.obs_moments.update(raw_obs.flatten(0, 1))
 
         # 4. log: means over every minibatch of the iteration
         policy_loss, critic_loss, entropy, grad_norm = torch.stack(losses).mean(0)
-        new_logprobs, old_logprobs = (torch.cat(x) for x in zip(*logprob_pairs, strict=True))
-        step += args.batch_size
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
+        logprobs = [torch.cat(column) for column in zip(*logprob_pairs, strict=True)]  # new, old
         scalars = {
             "losses/policy_loss": policy_loss,
             "losses/value_loss": critic_loss,
             "losses/entropy": entropy,
-            "losses/approx_kl": approx_kl(new_logprobs, old_logprobs),
-            "losses/clipfrac": clip_fraction(new_logprobs, old_logprobs, args.clip_coef),
-            "losses/explained_variance": explained_variance(values, returns),
+            "losses/approx_kl": approx_kl(*logprobs),
+            "losses/clipfrac": clip_fraction(*logprobs, args.clip_coef),
+            "losses/explained_variance": explained_variance(old_values, returns),
             "losses/grad_norm": grad_norm,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / (time.perf_counter() - started),
         }
-        if len(finished):
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = finished[:, 1:].mean(0)
+        if dones.any():
+            scalars["charts/episodic_return"] = ended_returns.mean()
+            scalars["charts/episodic_length"] = ended_lengths.mean()
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), step)
+        writer.flush()  # before any checkpoint: a resumed run can drop surplus events, not restore lost ones
         progress.set_postfix_str(f"return {np.mean(episode_returns[-20:]):.1f}" if episode_returns else "")
         progress.update(args.batch_size)
 
     progress.close()
-    if envs is not None:
-        envs.close()
-    returns = evaluate(agent, args, run_dir)
-    if first_iteration < args.num_iterations:  # else the run was complete before, and holds this already
-        writer.add_scalar("eval/episodic_return", np.mean(returns), args.num_iterations * args.batch_size)
-        writer.flush()
-        save_checkpoint(run_dir, args, args.num_iterations, episode_returns, agent, optimizer)
+    envs.close()
+    save_checkpoint(run_dir, args, args.num_iterations, agent, optimizer, episode_returns)
+    evaluation = evaluate(agent, args, run_dir)
+    # one step later than the checkpoint, so that a run resumed here drops it and writes it again
+    writer.add_scalar("eval/episodic_return", np.mean(evaluation), last_step + 1)
     writer.close()
-    print(f"run: {run_dir}")
+    hint = (
+        ""
+        if episode_returns
+        else ", in which no episode ended between two checkpoints: raise --checkpoint-every"
+    )
+    print(f"run: {run_dir}{hint}")
     return episode_returns
 
 
@@ -559,16 +563,13 @@ FREE_OPTIONS = {"resume", "evaluate", "eval_episodes", "capture_video", "async_e
 
 
 class UserError(ValueError):
-    """Something that the user can mend: main() tells it in one line and exits with code 2."""
+    """A mistake that the user can mend; main() tells it in one line and exits with code 2."""
 
 
-def new_agent(args: Args, run_dir: Path) -> Agent:
-    """An agent that fits the environment, which is opened once for its spaces (and to try the camera)."""
-    envs = open_envs(args, 1, run_dir / "videos" if args.capture_video else None)
-    obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    envs.close()
-    low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
-    return Agent(obs_size, low, high, args)
+def look_at_envs(args: Args) -> gym.vector.VectorEnv:
+    """One environment for a look at its spaces, and a try of the camera, before anything is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        return open_envs(args, 1, Path(folder) / "videos" if args.capture_video else None)
 
 
 def open_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
@@ -591,21 +592,22 @@ def open_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
-    """Plays args.eval_episodes deterministic episodes and gives their returns, unnormalised.
+    """Plays args.eval_episodes episodes with the mean action and gives their returns, unscaled.
 
     Every environment plays the same number of them, so that short episodes do not crowd out long ones.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     envs = open_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
-    obs, _ = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])  # 1: not training's
-    returns, sums, left = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
-    while left.any():
+    # the last 1 keeps these seeds apart from those of training
+    obs, _ = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])
+    returns, sums, remaining = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
+    while remaining.any():
         obs, *outcome, _ = envs.step(agent.act(obs, deterministic=True))
         rewards, terminations, truncations = (torch.as_tensor(x).cpu().numpy() for x in outcome)
         sums += rewards
-        for i in np.flatnonzero((terminations | truncations) & (left > 0)):
+        for i in np.flatnonzero((terminations | truncations) & (remaining > 0)):
             returns.append(float(sums[i]))
-            sums[i], left[i] = 0, left[i] - 1
+            sums[i], remaining[i] = 0, remaining[i] - 1
     envs.close()
     mean, std = np.mean(returns), np.std(returns)
     print(f"evaluation: return {mean:.1f} +- {std:.1f} over {len(returns)} deterministic episodes")
@@ -638,11 +640,9 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
 
 
 def check_unchanged(args: Args, run_dir: str) -> None:
-    """Refuses options that say something else than the run in run_dir did; a resumed one may grow longer."""
+    """Refuses options that differ from the saved run's; a resumed one may grow longer."""
     saved = load_args(run_dir)
-    changed = {name for name, value in vars(args).items() if value != getattr(saved, name)}.difference(
-        FREE_OPTIONS
-    )
+    changed = {name for name in vars(args) if getattr(args, name) != getattr(saved, name)} - FREE_OPTIONS
     if changed == {"total_timesteps"} and args.resume and args.total_timesteps > saved.total_timesteps:
         print(f"going on to {args.total_timesteps} steps; schedules now follow this length", file=sys.stderr)
     elif changed:
@@ -663,7 +663,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))  # no two runs in a folder that nobody named
     except OSError as error:
         raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from error
     return run_dir, None
@@ -684,22 +684,18 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
         writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + table)
         for summary in hparams(options, {"eval/episodic_return": 0}):
             writer.file_writer.add_summary(summary)
+        writer.flush()
     return writer
 
 
 def save_checkpoint(
-    run_dir: Path,
-    args: Args,
-    iteration: int,
-    episode_returns: list[float],
-    agent: Agent,
-    optimizer: torch.optim.Adam,
+    run_dir: Path, args: Args, iteration: int, agent: Agent, optimizer, returns: list[float]
 ) -> None:
-    """Writes all there is of a run to run_dir/checkpoint.pt, at any moment either the old one or the new."""
+    """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "iteration": iteration}
     checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint["episode_returns"] = torch.tensor(episode_returns, dtype=torch.float64)
+    checkpoint["episode_returns"] = torch.tensor(returns, dtype=torch.float64)
     path, written = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp"
     with open(written, "wb") as file:
         torch.save(checkpoint, file)
@@ -709,7 +705,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(run_dir: str | Path) -> dict:
-    """Reads run_dir/checkpoint.pt, which may hold tensors and plain Python: nothing in it can execute."""
+    """Reads run_dir/checkpoint.pt with weights_only=True, so nothing in it can execute."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
@@ -720,9 +716,7 @@ def load_checkpoint(run_dir: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, version = checkpoint["script"], checkpoint["format"]
     except Exception as error:  # whatever a file from outside can make of zipfile and torch
-        raise UserError(
-            f"{path} is damaged, or no checkpoint of {SCRIPT}.py ({type(error).__name__})"
-        ) from error
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
     if (script, version) != (SCRIPT, FORMAT):
         raise UserError(f"{path} is of {script}.py, format {version}; this is {SCRIPT}.py, format {FORMAT}")
     return checkpoint
@@ -765,9 +759,7 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write(
-            "stopped: --resume with the run's folder goes on from its last checkpoint", file=sys.stderr
-        )
+        tqdm.write("stopped; --resume RUN_DIR continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -123,7 +123,7 @@ class TestFlatParameters:
                 for parameter in agent.parameters():
                     if parameter.grad is not None:
                         parameter.grad.zero_()
-                loss = (agent.value(torch.ones(5, 3)) ** 2).sum() + agent.policy(torch.ones(5, 3))[0].sum()
+                loss = (agent.value(torch.ones(5, 3)) ** 2).sum() + agent.actor(torch.ones(5, 3)).sum()
                 (loss + agent.log_std.sum()).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()

@@ -45,7 +45,7 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ),
         ("--num-minibatches 4096", "--num-minibatches 4096 of two rows or more; 512 or 1024 would do"),
         ("--num-minibatches 2048", "--num-minibatches 2048 of two rows or more; 512 or 1024 would do"),
-        ("--total-timesteps 100", "100 is less than one rollout, num_envs * num_steps = 2048"),
+        ("--total-timesteps 100", "--total-timesteps is less than one rollout, num_envs * num_steps = 2048"),
         ("--total-timesteps 0", "--total-timesteps is 0; it must lie between 1 and inf"),
         ("--learning-rate nan", "--learning-rate is nan; it must lie between 1e-12 and 1"),
         ("--gamma 1.5", "--gamma is 1.5; it must lie between 0 and 1"),
@@ -160,7 +160,7 @@ class TestRuns:
         with pytest.raises(SystemExit) as stop:
             ppo.main()
         assert stop.value.code == 130
-        assert "--resume with the run's folder" in capsys.readouterr().err
+        assert "--resume RUN_DIR continues from the last checkpoint" in capsys.readouterr().err
 
     def test_missing_camera_and_missing_tracker_are_told_before_training(
         self, ppo, monkeypatch, capsys, run_dir
@@ -176,6 +176,8 @@ class TestRuns:
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
     with pytest.raises(ValueError, match="4 or 8 would do"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
+    with pytest.raises(ValueError, match="--learning-rate is a float64; it must be a plain Python value"):
+        ppo.Args(learning_rate=np.logspace(-4, -3, 3)[0])
     with pytest.raises(ValueError, match="Near: Pendulum-v1"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
 

@@ -17,7 +17,9 @@ def rollouts(ppo, monkeypatch, args):
     def spy(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
         seen.append(dict(rewards=rewards, terminations=terminations, truncations=truncations))
         seen[-1].update(values=values, next_values=next_values)
-        return compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda)
+        result = compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda)
+        seen[-1]["returns"] = result[1]
+        return result
 
     # the value of an observation becomes the observation itself, so that values tell which observation it was
     monkeypatch.setattr(ppo.Agent, "value", lambda self, obs: obs[..., 0] + 0 * self.critic(obs)[..., 0])
@@ -38,27 +40,26 @@ class TestTransitions:
             assert (rows["next_values"] == rows["values"] + 1).all()  # 4 leads to 5, never to the reset's 0
             assert (rows["rewards"] == rows["next_values"]).all()
             assert (rows["terminations"] == (rows["next_values"] == 5)).all()
-            assert rows["terminations"].any() and not rows["truncations"][:-1].any()
+            assert rows["terminations"].any() and not rows["truncations"].any()
 
     def test_next_obs_is_the_true_successor_at_a_time_limit(self, ppo, run_dir, monkeypatch, async_envs):
         args = small(ppo, run_dir, env_id=probe(ppo, "TimedCounter"), **self.options(async_envs))
         for rows in rollouts(ppo, monkeypatch, args):
             assert (rows["next_values"] == rows["values"] + 1).all()
-            assert (rows["truncations"][:-1] == (rows["next_values"] == 3)[:-1]).all()
+            assert (rows["truncations"] == (rows["next_values"] == 3)).all()
             assert not rows["terminations"].any()
 
 
 @control
 class TestSegments:
-    def test_episodes_in_progress_are_truncated_where_environments_are_made_anew(
-        self, ppo, run_dir, monkeypatch
-    ):
-        args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), norm_obs=False, norm_reward=False)
+    def test_episodes_in_progress_are_cut_off_but_not_dead(self, ppo, run_dir, monkeypatch):
+        args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), norm_obs=False, norm_reward=False, gamma=0.9)
         rows = rollouts(ppo, monkeypatch, args)  # 64 steps: an episode of 5 is in progress at the end
-        last = [(r["terminations"] | r["truncations"])[-1].tolist() for r in rows]
-        assert last == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]  # --checkpoint-every 2
-        assert rows[2]["values"][0].tolist() == [0.0, 0.0]  # begins anew
-        assert rows[1]["values"][0].tolist() == [4.0, 4.0]  # goes on
+        for r in rows:  # the last return is bootstrapped: r + gamma * V(successor)
+            assert not r["terminations"][-1].any()
+            torch.testing.assert_close(r["returns"][-1], r["rewards"][-1] + 0.9 * r["next_values"][-1])
+        starts = [r["values"][0].tolist() for r in rows]  # anew with --checkpoint-every 2
+        assert starts == [[0.0, 0.0], [4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
 
     def test_episodes_cut_off_are_in_no_statistic(self, ppo, run_dir):
         returns = ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))

@@ -235,6 +235,10 @@ def test_running_moments_equal_those_of_all_rows_at_once(ppo):
 @scripts_with("derive_seed")
 def test_seeds_are_repeatable_and_all_different(ppo):
     keys = [(seed, iteration, index) for seed in range(5) for iteration in range(20) for index in range(20)]
+    keys += [(seed,) for seed in range(50)] + [
+        (seed, iteration) for seed in range(20) for iteration in range(20)
+    ]
+    keys += [(2**32 + 1,), (2**40, 3)] + [(seed, 0, index, 1) for seed in range(5) for index in range(10)]
     seeds = [ppo.derive_seed(*key) for key in keys]
     assert seeds == [ppo.derive_seed(*key) for key in keys]
     assert len(set(seeds)) == len(seeds)

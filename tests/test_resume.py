@@ -145,6 +145,7 @@ def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way
 def test_a_complete_run_resumed_says_so_evaluates_and_changes_nothing(ppo, run_dir, capsys):
     returns = ppo.train(small(ppo, run_dir))
     weights, points = ppo.load_checkpoint(run_dir), curve(run_dir)
+    assert len(points["eval/episodic_return"]) == 1
     evaluation = capsys.readouterr().out.splitlines()[0]
     assert ppo.train(dataclasses.replace(ppo.load_args(run_dir), resume=str(run_dir))) == returns
     said = capsys.readouterr()

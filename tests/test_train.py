@@ -57,7 +57,7 @@ class TestInvariants:
             )
             assert len(first) == 128 and torch.equal(first, again)
 
-    def test_kl_stop_ends_the_epochs_before_the_step_that_goes_too_far(self, ppo, run_dir, monkeypatch):
+    def test_kl_stop_ends_the_epochs_at_the_first_minibatch_beyond(self, ppo, run_dir, monkeypatch):
         steps, step = [], torch.optim.Adam.step
         monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, **y: steps.append(1) or step(*x, **y))
         kls = spy(monkeypatch, ppo, "approx_kl")
@@ -102,14 +102,12 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
         gradients.append({name: parameter.detach().clone() for name, parameter in agent.named_parameters()})
         return step(optimizer, *inputs)
 
-    agents, new_agent = [], ppo.new_agent
-    monkeypatch.setattr(ppo, "new_agent", lambda *inputs: agents.append(new_agent(*inputs)) or agents[-1])
+    agents, flatten_parameters = [], ppo.flatten_parameters
+    monkeypatch.setattr(ppo, "flatten_parameters", lambda x: agents.append(x) or flatten_parameters(x))
     monkeypatch.setattr(torch.optim.Adam, "step", record)
     gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, ppo, "gaussian_logprobs")
-    observations, policy = [], ppo.Agent.policy
-    monkeypatch.setattr(
-        ppo.Agent, "policy", lambda agent, obs: observations.append(obs) or policy(agent, obs)
-    )
+    observations, value = [], ppo.Agent.value
+    monkeypatch.setattr(ppo.Agent, "value", lambda agent, obs: observations.append(obs) or value(agent, obs))
     monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
     options = dict(num_minibatches=1, update_epochs=1, max_grad_norm=math.inf, total_timesteps=128)
     ppo.train(small(ppo, run_dir, **options))
