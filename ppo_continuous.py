@@ -19,7 +19,9 @@ Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observati
 """
 
 import argparse
+import dataclasses
 import difflib
+import io
 import math
 import os
 import sys
@@ -28,6 +30,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import gymnasium as gym
 import numpy as np
@@ -123,20 +126,24 @@ class Args:
     def __post_init__(self) -> None:
         limits = {"seed": (0, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1), "log_std_init": (-10, 10)}
         limits |= {"learning_rate": (1e-12, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6)}
-        for name, value in vars(self).items():
-            option, kind = "--" + name.replace("_", "-"), type(value)
-            if kind not in (bool, int, float, str, type(None)):  # a checkpoint holds plain Python only
-                raise ValueError(f"{option} is a {kind.__name__}; it must be a plain Python value")
-            low, high = limits.get(name, (1 if kind is int else 1e-12, math.inf))
+        for field in dataclasses.fields(self):
+            option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
+            types, kind = get_args(field.type) or (field.type,), type(value)
+            if value == "" or (kind not in types and not (kind is int and float in types)):
+                raise ValueError(
+                    f"{option} is {value!r}; it must be {' or '.join(t.__name__ for t in types)}"
+                )
+            low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
         rows, parts = self.batch_size, self.num_minibatches
         if rows % parts or rows == parts:  # one row alone has no deviation to normalise by
-            divisors = [d for d in range(1, rows) if rows % d == 0]
+            middle = min(parts, rows // 2)
+            divisors = [d for d in range(middle // 4 + 1, 4 * middle + 1) if rows % d == 0 and d < rows]
             nearest = sorted(sorted(divisors, key=lambda d: abs(math.log(d / parts)))[:2])
             raise ValueError(
                 f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} of two "
-                f"rows or more; {' or '.join(map(str, nearest)) or 'nothing'} would do"
+                f"rows or more; {' or '.join(map(str, nearest)) or 'other sizes'} would do"
             )
         if self.num_iterations == 0:
             raise ValueError(f"--total-timesteps is less than one rollout, num_envs * num_steps = {rows}")
@@ -327,7 +334,9 @@ class Agent(nn.Module):
     def scale_actions(self, actions: Tensor) -> Tensor:
         """Actions as sampled (..., A) -> within the environment's bounds, in its shape and units."""
         scaled = torch.addcmul(self.action_center, self.action_scale, actions)
-        return scaled.unflatten(-1, self.action_low.shape).clamp(self.action_low, self.action_high)
+        return scaled.reshape(*actions.shape[:-1], *self.action_low.shape).clamp(
+            self.action_low, self.action_high
+        )
 
     @torch.no_grad()
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray | Tensor:
@@ -368,7 +377,9 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
     def make(index: int) -> gym.Env:
         if video_folder is not None and index == 0:
             env = gym.make(args.env_id, render_mode="rgb_array")
-            env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: True)
+            env = gym.wrappers.RecordVideo(
+                env, str(video_folder), episode_trigger=lambda k: k < args.eval_episodes // num_envs
+            )
         else:
             env = gym.make(args.env_id)
         space = env.observation_space
@@ -426,7 +437,7 @@ def train(args: Args) -> list[float]:
             save_checkpoint(run_dir, args, iteration, agent, optimizer, episode_returns)
             torch.manual_seed(derive_seed(args.seed, iteration))
             envs.close()
-            envs = open_envs(args, args.num_envs)
+            envs = make_envs(args, args.num_envs)
             env_obs, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
             current_obs = torch.as_tensor(env_obs, dtype=torch.float32, device=device)
             sums = np.zeros((args.num_envs, 3))  # of the episodes in progress, see running_sums
@@ -455,6 +466,7 @@ def train(args: Args) -> list[float]:
         raw_obs, actions, raw_next_obs, rewards, terminations, truncations = (
             torch.stack([torch.as_tensor(x) for x in column]).to(device) for column in zip(*rows, strict=True)
         )
+        rewards = rewards.float()
         check_finite(run_dir, step - args.batch_size, next_obs=raw_next_obs, obs=raw_obs, reward=rewards)
         dones = (terminations | truncations).cpu().numpy()
         all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
@@ -518,6 +530,7 @@ def train(args: Args) -> list[float]:
         # 4. log: means over every minibatch of the iteration
         policy_loss, critic_loss, entropy, grad_norm = torch.stack(losses).mean(0)
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
+        check_finite(run_dir, step, obs_var=agent.obs_moments.var, return_var=agent.return_moments.var)
         logprobs = [torch.cat(column) for column in zip(*logprob_pairs, strict=True)]  # new, old
         scalars = {
             "losses/policy_loss": policy_loss,
@@ -567,26 +580,28 @@ class UserError(ValueError):
 
 
 def look_at_envs(args: Args) -> gym.vector.VectorEnv:
-    """One environment for a look at its spaces, and a try of the camera, before anything is written."""
-    with tempfile.TemporaryDirectory() as folder:
-        return open_envs(args, 1, Path(folder) / "videos" if args.capture_video else None)
-
-
-def open_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gym.vector.VectorEnv:
-    """make_envs(), with all that can be wrong with an environment told in one line."""
+    """One environment, for its spaces and to try the camera. Tells in one line what is wrong with it."""
     try:
-        envs = make_envs(args, num_envs, video_folder)
-    except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-        raise UserError(f"{args.env_id}: {error}" + (f" Near: {', '.join(near)}" if near else "")) from error
+        with tempfile.TemporaryDirectory() as folder:
+            envs = make_envs(args, 1, Path(folder) / "videos" if args.capture_video else None)
+            if args.capture_video:
+                envs.reset()  # takes the first picture
+                envs.close()
+    except UserError:
+        raise
+    except (gym.error.Error, ImportError, AttributeError, AssertionError, ValueError) as error:
+        names = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
+        raise UserError(
+            f"{args.env_id}: {error}" + (f" Near: {', '.join(names)}" if names else "")
+        ) from error
     observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
         raise UserError(
-            f"{args.env_id} has actions {actions}, this script needs a Box of real numbers; "
+            f"{args.env_id} has actions {actions}, and this script needs a Box of real numbers; "
             f"try python ppo_discrete.py --env-id {args.env_id}"
         )
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        raise UserError(f"{args.env_id} has observations {observations} that do not flatten to a vector")
+        raise UserError(f"{args.env_id} has observations {observations}, which do not flatten to a vector")
     return envs
 
 
@@ -597,7 +612,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     Every environment plays the same number of them, so that short episodes do not crowd out long ones.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
-    envs = open_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
+    envs = make_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
     # the last 1 keeps these seeds apart from those of training
     obs, _ = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])
     returns, sums, remaining = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
@@ -620,7 +635,9 @@ def set_up_torch(args: Args) -> torch.device:
     if not args.cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--cuda asks for a GPU and torch finds none; leave it out to learn on the CPU")
+        raise UserError(
+            "--cuda needs a GPU, and torch finds none here; without the option PPO learns on the CPU"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     return torch.device("cuda")
@@ -643,6 +660,7 @@ def check_unchanged(args: Args, run_dir: str) -> None:
     """Refuses options that differ from the saved run's; a resumed one may grow longer."""
     saved = load_args(run_dir)
     changed = {name for name in vars(args) if getattr(args, name) != getattr(saved, name)} - FREE_OPTIONS
+    changed |= {"track"} if args.evaluate and args.track and not saved.track else set()
     if changed == {"total_timesteps"} and args.resume and args.total_timesteps > saved.total_timesteps:
         print(f"going on to {args.total_timesteps} steps; schedules now follow this length", file=sys.stderr)
     elif changed:
@@ -696,9 +714,10 @@ def save_checkpoint(
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "iteration": iteration}
     checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint["episode_returns"] = torch.tensor(returns, dtype=torch.float64)
-    path, written = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp"
+    path, written, buffer = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp", io.BytesIO()
+    torch.save(checkpoint, buffer)  # not into the file: torch would hide what is wrong with a disk
     with open(written, "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(written, path)
@@ -724,7 +743,10 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 def load_args(run_dir: str | Path) -> Args:
     """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
-    return Args(**load_checkpoint(run_dir)["args"])
+    try:
+        return Args(**load_checkpoint(run_dir)["args"])
+    except TypeError as error:
+        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not know: {error}") from error
 
 
 def load_agent(run_dir: str | Path, device: str = "cpu") -> Agent:
@@ -752,10 +774,11 @@ def main() -> None:
         args = parse_args()
         if args.evaluate:
             check_unchanged(args, args.evaluate)
+            look_at_envs(args).close()
             evaluate(load_agent(args.evaluate), args, Path(args.evaluate))
         else:
             train(args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -66,6 +66,8 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ("--env-id nonsense", "nonsense: Environment `nonsense` doesn't exist"),
         ("--env-id not/an/id", "not/an/id: Malformed environment ID"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
+        ("--env-id a:b:c", "a:b:c: "),
+        ("--resume=", "--resume is ''; it must be str or NoneType"),
     ],
 )
 def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -90,7 +92,7 @@ class TestTasks:
 
     def test_observations_that_do_not_flatten(self, ppo, monkeypatch, capsys, tmp_path):
         env_id = register("Spaces", observation_space=spaces.Sequence(BOX), action_space=BOX)
-        assert "do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+        assert "which do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
 
     def test_a_discrete_task_in_the_continuous_script(self, ppo, monkeypatch, capsys, tmp_path):
         said = self.refused(ppo, monkeypatch, capsys, tmp_path, "CartPole-v1")
@@ -111,7 +113,7 @@ class TestTasks:
 class TestRuns:
     def test_cuda_without_a_gpu_is_refused(self, ppo, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "--cuda asks for a GPU and torch finds none" in refusal(ppo, monkeypatch, capsys, "--cuda")
+        assert "--cuda needs a GPU, and torch finds none here" in refusal(ppo, monkeypatch, capsys, "--cuda")
 
     def test_a_run_folder_in_use_is_not_overwritten(self, ppo, monkeypatch, capsys, run_dir):
         ppo.train(small(ppo, run_dir))
@@ -176,7 +178,7 @@ class TestRuns:
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
     with pytest.raises(ValueError, match="4 or 8 would do"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
-    with pytest.raises(ValueError, match="--learning-rate is a float64; it must be a plain Python value"):
+    with pytest.raises(ValueError, match="--learning-rate is np.float64.*; it must be float"):
         ppo.Args(learning_rate=np.logspace(-4, -3, 3)[0])
     with pytest.raises(ValueError, match="Near: Pendulum-v1"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
