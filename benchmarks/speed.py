@@ -4,6 +4,8 @@
 
 HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches, one thread each. The two take turns,
 each in a fresh process, so that a noisy machine disturbs both alike; what counts is the ratio of the medians.
+Steps per second are told by the clock on the wall and by the processor time that the process got, which
+other programs on the machine disturb less.
 Needs requirements-extra.txt.
 """
 
@@ -37,15 +39,20 @@ class Options:
     """used by the benchmark itself: measure one side now and print its steps per second"""
 
 
-def ours(total_timesteps: int) -> float:
-    """Steps per second between the end of the first iteration and the end of the last."""
+Moment = tuple[float, float]  # wall clock, processor time
+
+
+def now() -> Moment:
+    return time.perf_counter(), time.process_time()
+
+
+def ours(total_timesteps: int) -> list[Moment]:
+    """The moments at which iterations of ppo_continuous.py end."""
     spec = importlib.util.spec_from_file_location("ppo_continuous", ROOT / "ppo_continuous.py")
     ppo = sys.modules["ppo_continuous"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ppo)
-    ends, explained_variance = [], ppo.explained_variance
-    ppo.explained_variance = lambda *x: (
-        ends.append(time.perf_counter()) or explained_variance(*x)
-    )  # once an iteration
+    moments, explained_variance = [], ppo.explained_variance  # called once, at the end of an iteration
+    ppo.explained_variance = lambda *x: moments.append(now()) or explained_variance(*x)
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
         ppo.train(
@@ -60,40 +67,41 @@ def ours(total_timesteps: int) -> float:
                 run_dir=f"{folder}/run",
             )
         )
-    return 2048 * (len(ends) - 1) / (ends[-1] - ends[0])
+    return moments
 
 
-def stable_baselines3(total_timesteps: int) -> float:
-    """The same with stable_baselines3.PPO, whose defaults these are, and both normalisations."""
+def stable_baselines3(total_timesteps: int) -> list[Moment]:
+    """The same for stable_baselines3.PPO, whose defaults these are, with both normalisations."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
     torch.set_num_threads(1)
-    starts = []
+    moments = []
 
     class Clock(BaseCallback):
         def _on_rollout_start(self) -> None:
-            starts.append(time.perf_counter())
+            moments.append(now())
 
         def _on_step(self) -> bool:
             return True
 
     env = VecNormalize(make_vec_env("HalfCheetah-v5", 1))
     PPO("MlpPolicy", env, seed=1, device="cpu").learn(total_timesteps, callback=Clock())
-    starts.append(time.perf_counter())  # the end of the last iteration
-    return 2048 * (len(starts) - 2) / (starts[-1] - starts[1])
+    return [*moments[1:], now()]  # the first rollout begins where no iteration has ended
 
 
 def main(options: Options) -> None:
     """Measures both sides in turns and writes the results."""
     sides = {"ppo_continuous": ours, "stable_baselines3": stable_baselines3}
     if options.turn:
-        print(sides[options.turn](options.total_timesteps))
+        moments = sides[options.turn](options.total_timesteps)
+        steps = 2048 * (len(moments) - 1)
+        print(*(steps / (last - first) for first, last in zip(moments[0], moments[-1], strict=True)))
         return
-    speeds = {side: [] for side in sides}
-    for _ in range(options.repetitions):
+    rows = []
+    for repetition in range(1, options.repetitions + 1):
         for side in sides:
             command = [
                 sys.executable,
@@ -104,17 +112,20 @@ def main(options: Options) -> None:
                 str(options.total_timesteps),
             ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            speeds[side].append(float(output.split()[-1]))
-            print(f"{side:20s} {speeds[side][-1]:8.0f} steps/s", flush=True)
-    medians = {side: statistics.median(values) for side, values in speeds.items()}
-    ratio = medians["ppo_continuous"] / medians["stable_baselines3"]
-    print(f"ratio of medians: {ratio:.2f} (torch {torch.__version__}, {platform.machine()})")
+            wall, processor = (float(word) for word in output.split()[-2:])
+            rows.append([side, repetition, round(wall), round(processor)])
+            print(
+                f"{side:20s} {wall:6.0f} steps/s on the wall, {processor:6.0f} of processor time", flush=True
+            )
+    for column, clock in ((2, "wall"), (3, "processor")):
+        ours_, theirs = (statistics.median(row[column] for row in rows if row[0] == side) for side in sides)
+        print(
+            f"ratio of medians, {clock}: {ours_ / theirs:.2f}  (torch {torch.__version__}, {platform.machine()})"
+        )
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["side", "repetition", "steps_per_second"])
-        writer.writerows(
-            [side, i, f"{v:.0f}"] for side, values in speeds.items() for i, v in enumerate(values, 1)
-        )
+        writer.writerow(["side", "repetition", "steps_per_second", "steps_per_processor_second"])
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

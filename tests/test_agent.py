@@ -15,22 +15,51 @@ def box_agent(ppo, low=LOW, high=HIGH, obs_size=3, norm_obs=True):
     return ppo.Agent(obs_size, low, high, ppo.Args(log_std_init=-0.5, norm_obs=norm_obs))
 
 
+def scale(agent, actions, tensors):
+    """What acting_policy() makes of actions as sampled, where the noise alone makes them."""
+    with torch.no_grad():
+        agent.actor[4].zero_()
+        agent.log_std.zero_()
+    obs = torch.zeros(len(actions), 3)
+    if not tensors:
+        obs, actions = obs.numpy(), actions.numpy()
+    sampled, scaled = agent.acting_policy(obs)(obs, actions)
+    assert type(scaled) is type(obs)
+    assert sampled.tolist() == actions.tolist()
+    return torch.as_tensor(scaled)
+
+
 @scripts_with("gaussian_logprobs")
 class TestBoxActions:
-    def test_minus_one_to_one_becomes_low_to_high_and_more_is_clipped(self, ppo):
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_minus_one_to_one_becomes_low_to_high_and_more_is_clipped(self, ppo, tensors):
         actions = torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0], [-3.0, 5.0]])
-        scaled = box_agent(ppo).scale_actions(actions)
+        scaled = scale(box_agent(ppo), actions, tensors)
         assert scaled.tolist() == [[-2.0, 0.0], [0.0, 0.5], [2.0, 1.0], [-2.0, 1.0]]
 
-    def test_infinite_bounds_are_not_mapped_and_a_finite_side_still_holds(self, ppo):
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_infinite_bounds_are_not_mapped_and_a_finite_side_still_holds(self, ppo, tensors):
         low, high = torch.tensor([-math.inf, 0.0]), torch.tensor([math.inf, math.inf])
-        scaled = box_agent(ppo, low, high).scale_actions(torch.tensor([[7.0, -3.0], [-0.5, 4.0]]))
+        scaled = scale(box_agent(ppo, low, high), torch.tensor([[7.0, -3.0], [-0.5, 4.0]]), tensors)
         assert scaled.tolist() == [[7.0, 0.0], [-0.5, 4.0]]
 
-    def test_every_action_lies_within_bounds_that_floats_cannot_hold_exactly(self, ppo):
-        low, high = torch.tensor([-0.3, 0.1]), torch.tensor([0.7, 0.2])
-        scaled = box_agent(ppo, low, high).scale_actions(torch.randn(1000, 2) * 3)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_every_action_lies_within_bounds_that_floats_cannot_hold_exactly(self, ppo, dtype):
+        low, high = torch.tensor([-0.3, 0.1], dtype=dtype), torch.tensor([0.7, 0.2], dtype=dtype)
+        scaled = scale(box_agent(ppo, low, high), torch.randn(1000, 2) * 3, tensors=False)
         assert (scaled >= low).all() and (scaled <= high).all()
+
+    def test_arrays_and_tensors_act_alike_and_as_the_network_that_learns(self, ppo):
+        agent, obs, noise = box_agent(ppo), torch.randn(20, 3) * 5 + 2, torch.randn(20, 2)
+        agent.obs_moments.update(obs)
+        with torch.no_grad():
+            agent.actor[4].normal_()
+            expected = agent.action_mean(agent.normalize_obs(obs)) + agent.log_std.exp() * noise
+            sampled, _ = agent.acting_policy(obs)(obs, noise)
+        torch.testing.assert_close(sampled, expected)
+        sampled, _ = agent.acting_policy(obs.numpy())(obs.double().numpy(), noise.numpy())
+        assert sampled.dtype == np.float32
+        np.testing.assert_allclose(sampled, expected.numpy(), rtol=1e-4, atol=1e-5)
 
     def test_actions_have_the_shape_of_the_space(self, ppo):
         agent = box_agent(ppo, -torch.ones(2, 3), torch.ones(2, 3))
@@ -39,10 +68,11 @@ class TestBoxActions:
 
     def test_orthogonal_start_with_a_policy_that_hardly_acts(self, ppo):
         agent = box_agent(ppo)
-        hidden = agent.actor.layer2.weight
+        hidden, last = agent.actor[2], agent.actor[4]
         torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(64), atol=1e-5, rtol=0)
-        assert agent.actor.layer3.weight.norm(dim=1).tolist() == pytest.approx([0.01, 0.01])
-        assert agent.critic.layer3.weight.norm().item() == pytest.approx(1.0)
+        assert last.norm(dim=0).tolist() == pytest.approx([0.01, 0.01])
+        assert agent.critic[4].norm().item() == pytest.approx(1.0)
+        assert all((bias == 0).all() for bias in [*agent.actor[1::2], *agent.critic[1::2]])
         assert agent.log_std.tolist() == [-0.5, -0.5]
 
 
@@ -123,7 +153,7 @@ class TestFlatParameters:
                 for parameter in agent.parameters():
                     if parameter.grad is not None:
                         parameter.grad.zero_()
-                loss = (agent.value(torch.ones(5, 3)) ** 2).sum() + agent.actor(torch.ones(5, 3)).sum()
+                loss = (agent.value(torch.ones(5, 3)) ** 2).sum() + agent.action_mean(torch.ones(5, 3)).sum()
                 (loss + agent.log_std.sum()).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()

@@ -178,7 +178,7 @@ class TestRuns:
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
     with pytest.raises(ValueError, match="4 or 8 would do"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
-    with pytest.raises(ValueError, match="--learning-rate is np.float64.*; it must be float"):
+    with pytest.raises(ValueError, match=r"--learning-rate is np.float64.*; it must be float"):
         ppo.Args(learning_rate=np.logspace(-4, -3, 3)[0])
     with pytest.raises(ValueError, match="Near: Pendulum-v1"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))

@@ -1,6 +1,5 @@
 """What train() promises of every iteration, and the classical algorithms that PPO contains."""
 
-import itertools
 import json
 import math
 import os
@@ -34,18 +33,20 @@ class TestInvariants:
         assert all((new - old).abs().max() > 1e-5 for (new, old, _, _), _ in calls[1::8])
 
     def test_statistics_are_frozen_while_an_iteration_acts_and_learns(self, ppo, run_dir, monkeypatch):
-        seen, normalize_obs = [], ppo.Agent.normalize_obs
+        seen = []
+        for name in ("normalize_obs", "acting_policy"):
+            function = getattr(ppo.Agent, name)
 
-        def watch(agent, obs):
-            seen.append(agent.obs_moments.count.item())
-            return normalize_obs(agent, obs)
+            def watch(agent, *inputs, name=name, function=function, **options):
+                seen.append((name, agent.obs_moments.count.item()))
+                return function(agent, *inputs, **options)
 
-        monkeypatch.setattr(ppo.Agent, "normalize_obs", watch)
+            monkeypatch.setattr(ppo.Agent, name, watch)
         monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
         ppo.train(small(ppo, run_dir))
-        counts = [(count, len(list(group))) for count, group in itertools.groupby(seen)]
-        calls = 64 + 2  # one for each step, then obs and next_obs of the whole rollout
-        assert counts == [(0.0, calls), (128.0, calls), (256.0, calls), (384.0, calls)]
+        # one policy for the whole rollout, then obs and next_obs of all its rows
+        names = ["acting_policy", "normalize_obs", "normalize_obs"]
+        assert seen == [(name, count) for count in (0.0, 128.0, 256.0, 384.0) for name in names]
         assert ppo.load_agent(run_dir).obs_moments.count == 512
 
     def test_every_row_is_used_once_an_epoch(self, ppo, run_dir, monkeypatch):
@@ -119,10 +120,10 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     obs = next(x for x in observations if x.dim() == 3).flatten(0, 1)
     (actions, *_), _ = policy_inputs[0]
     advantages, returns = (x.flatten() for x in gae[0][1])
-    distribution = torch.distributions.Normal(agent.actor(obs), agent.log_std.exp())
+    distribution = torch.distributions.Normal(agent.action_mean(obs), agent.log_std.exp())
     scaled = (advantages - advantages.mean()) / advantages.std()
     policy_loss = -(distribution.log_prob(actions.flatten(0, 1)).sum(-1) * scaled).mean()
-    value_loss = 0.5 * ((agent.critic(obs).squeeze(-1) - returns) ** 2).mean()
+    value_loss = 0.5 * ((value(agent, obs) - returns) ** 2).mean()
     expected = torch.autograd.grad(policy_loss + 0.5 * value_loss, list(agent.parameters()))
     for (name, _), second in zip(agent.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradient[name], second, rtol=1e-4, atol=1e-6, msg=name)
