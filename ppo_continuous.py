@@ -132,9 +132,8 @@ class Args:
             option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
             types, kind = get_args(field.type) or (field.type,), type(value)
             if value == "" or (kind not in types and not (kind is int and float in types)):
-                raise ValueError(
-                    f"{option} is {value!r}; it must be {' or '.join(t.__name__ for t in types)}"
-                )
+                names = " or ".join(t.__name__ for t in types)
+                raise ValueError(f"{option} is {value!r}; it must be {names}")
             low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
@@ -304,9 +303,7 @@ class Agent(nn.Module):
     def __init__(self, obs_size: int, action_low: Tensor, action_high: Tensor, args: Args) -> None:
         super().__init__()
         action_size = action_low.numel()
-        self.actor = mlp_parameters(
-            obs_size, action_size, last_gain=0.01
-        )  # all actions nearly alike at the start
+        self.actor = mlp_parameters(obs_size, action_size, last_gain=0.01)  # at first it hardly acts
         self.critic = mlp_parameters(obs_size, 1, last_gain=1.0)
         self.log_std = nn.Parameter(args.log_std_init * torch.ones(action_size))  # the same in every state
         self.norm_obs = args.norm_obs
@@ -316,9 +313,8 @@ class Agent(nn.Module):
         finite = torch.isfinite(action_low) & torch.isfinite(action_high)
         self.register_buffer("action_low", action_low)
         self.register_buffer("action_high", action_high)
-        self.register_buffer(
-            "action_center", torch.where(finite, (action_low + action_high) / 2, 0.0).float()
-        )
+        center = torch.where(finite, (action_low + action_high) / 2, 0.0)
+        self.register_buffer("action_center", center.float())
         self.register_buffer("action_scale", torch.where(finite, (action_high - action_low) / 2, 1.0).float())
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
@@ -341,39 +337,32 @@ class Agent(nn.Module):
     def acting_policy(self, like: np.ndarray | Tensor) -> Callable:
         """(raw obs (..., O), noise (..., A)) -> (actions as sampled (..., A), actions for the environment).
 
-        It has the weights and statistics of now, and takes arrays or tensors, as what it is to be like. For
-        one small step arrays take a fifth of the time, and no GPU has to be waited for.
+        It has the weights and statistics of now, and works on arrays or on tensors, like what it is given
+        here. For one small step arrays take a fifth of the time, and no GPU has to be waited for.
         """
         tensors = torch.is_tensor(like)
-        convert, tanh = (
-            (Tensor.detach, torch.tanh) if tensors else (lambda x: x.detach().cpu().numpy(), np.tanh)
-        )
-        parameters, std = [convert(x) for x in self.actor], convert(self.log_std.exp())
-        obs_mean, obs_var = convert(self.obs_moments.mean), convert(self.obs_moments.var)
-        center, scale = convert(self.action_center), convert(self.action_scale)
-        low, high = convert(self.action_low), convert(self.action_high)
+        parts = [*self.actor, self.log_std.exp(), self.obs_moments.mean, self.obs_moments.var]
+        parts += [self.action_center, self.action_scale, self.action_low, self.action_high]
+        parts = [x.detach() if tensors else x.detach().cpu().numpy() for x in parts]
+        *parameters, std, obs_mean, obs_var, center, scale, low, high = parts
 
         def policy(obs, noise):
             obs = obs.float() if tensors else obs.astype(np.float32)
             obs = standardize(obs, obs_mean, obs_var) if self.norm_obs else obs
-            actions = mlp(obs, parameters, tanh) + std * noise
-            # clipped and mapped for the environment only: log-probabilities belong to the action as sampled
-            return actions, (center + scale * actions.reshape(*actions.shape[:-1], *low.shape)).clip(
-                low, high
-            )
+            actions = mlp(obs, parameters, torch.tanh if tensors else np.tanh) + std * noise
+            # clipped and mapped for the environment alone: log-probabilities belong to the action as sampled
+            mapped = center + scale * actions.reshape(*actions.shape[:-1], *low.shape)
+            return actions, mapped.clip(low, high)
 
         return policy
 
     @torch.no_grad()
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray | Tensor:
         """Raw observations, one (O,) or a batch (N, O) -> actions for env.step(), of the same kind."""
-        obs = obs if torch.is_tensor(obs) else np.asarray(obs)
         noise = torch.zeros(*obs.shape[:-1], len(self.log_std))
         noise = noise if deterministic else noise.normal_()
-        _, env_actions = self.acting_policy(obs)(
-            obs, noise.to(obs.device) if torch.is_tensor(obs) else noise.numpy()
-        )
-        return env_actions
+        noise = noise.to(obs.device) if torch.is_tensor(obs) else noise.numpy()
+        return self.acting_policy(like=obs)(obs, noise)[1]
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
@@ -405,16 +394,13 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
     def make(index: int) -> gym.Env:
         if video_folder is not None and index == 0:
             env = gym.make(args.env_id, render_mode="rgb_array")
-            env = gym.wrappers.RecordVideo(
-                env, str(video_folder), episode_trigger=lambda k: k < args.eval_episodes // num_envs
-            )
+            played = args.eval_episodes // num_envs  # by each environment of an evaluation
+            env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k < played)
         else:
             env = gym.make(args.env_id)
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
-            raise UserError(
-                f"{args.env_id} shows images; of the scripts, only ppo_discrete.py has a network for them"
-            )
+            raise UserError(f"{args.env_id} shows images; only ppo_discrete.py has a network for them")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete (one-hot), Box of other shapes
         return env
@@ -438,10 +424,8 @@ def train(args: Args) -> list[float]:
     envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
     torch.manual_seed(derive_seed(args.seed))
-    low, high = (
-        torch.as_tensor(bound) for bound in (envs.single_action_space.low, envs.single_action_space.high)
-    )
-    agent = Agent(envs.single_observation_space.shape[0], low, high, args).to(device)
+    obs_size, actions = envs.single_observation_space.shape[0], envs.single_action_space
+    agent = Agent(obs_size, torch.as_tensor(actions.low), torch.as_tensor(actions.high), args).to(device)
     weights = flatten_parameters(agent)
     # not in the paper: epsilon 1e-5, TensorFlow's at the time
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -507,19 +491,13 @@ def train(args: Args) -> list[float]:
             old_values, next_values = agent.value(obs), agent.value(next_obs)
             old_logprobs = gaussian_logprobs(actions, agent.action_mean(obs), agent.log_std)
             advantages, returns = compute_gae(
-                rewards.float(),
-                old_values,
-                next_values,
-                terminations,
-                truncations,
-                args.gamma,
-                args.gae_lambda,
+                rewards, old_values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
         obs, actions, old_logprobs, old_values, advantages, returns = (
             x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)
         )
 
-        # 3. epochs: K passes over the shuffled rows, as one flat loop, so that one break ends them all
+        # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs = [], []
         shuffles = (torch.randperm(args.batch_size, device=device) for _ in range(args.update_epochs))
         for mb in (mb for shuffle in shuffles for mb in shuffle.split(args.minibatch_size)):
@@ -530,11 +508,8 @@ def train(args: Args) -> list[float]:
             mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
             policy_losses = clipped_policy_loss(new_logprobs, old_logprobs[mb], mb_advantages, args.clip_coef)
             value_losses = value_loss(new_values, old_values[mb], returns[mb], value_clip_coef)
-            policy_loss, critic_loss, entropy = (
-                policy_losses.mean(),
-                value_losses.mean(),
-                gaussian_entropy(agent.log_std),
-            )
+            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
+            entropy = gaussian_entropy(agent.log_std)
             loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
             weights.grad.zero_()
@@ -545,9 +520,7 @@ def train(args: Args) -> list[float]:
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
-        if (
-            args.norm_obs
-        ):  # frozen until here: what acted has also learned; the first iteration saw raw observations
+        if args.norm_obs:  # frozen until here: what has acted has learned (the first iteration saw them raw)
             agent.obs_moments.update(raw_obs.flatten(0, 1))
 
         # 4. log: means over every minibatch of the iteration
@@ -582,11 +555,7 @@ def train(args: Args) -> list[float]:
     # one step later than the checkpoint, so that a run resumed here drops it and writes it again
     writer.add_scalar("eval/episodic_return", np.mean(evaluation), last_step + 1)
     writer.close()
-    hint = (
-        ""
-        if episode_returns
-        else ", in which no episode ended between two checkpoints: raise --checkpoint-every"
-    )
+    hint = "" if episode_returns else ", where no episode ended between checkpoints: raise --checkpoint-every"
     print(f"run: {run_dir}{hint}")
     return episode_returns
 
@@ -614,9 +583,8 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
         raise
     except (gym.error.Error, ImportError, AttributeError, AssertionError, ValueError) as error:
         names = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
-        raise UserError(
-            f"{args.env_id}: {error}" + (f" Near: {', '.join(names)}" if names else "")
-        ) from error
+        near = f" Near: {', '.join(names)}" if names else ""
+        raise UserError(f"{args.env_id}: {error}{near}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
         raise UserError(
@@ -658,9 +626,7 @@ def set_up_torch(args: Args) -> torch.device:
     if not args.cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            "--cuda needs a GPU, and torch finds none here; without the option PPO learns on the CPU"
-        )
+        raise UserError("--cuda needs a GPU, and torch finds none here; leave it out to learn on the CPU")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     return torch.device("cuda")
@@ -674,9 +640,8 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
             where = f"step {step}"
             if x.dim() >= 2:
                 where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
-            raise UserError(
-                f"{name} is {x[tuple(bad[0])]:.0f} at {where}; {run_dir} keeps the checkpoint before it"
-            )
+            value = x[tuple(bad[0])].item()
+            raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
 
 
 def check_unchanged(args: Args, run_dir: str) -> None:
@@ -729,9 +694,7 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
     return writer
 
 
-def save_checkpoint(
-    run_dir: Path, args: Args, iteration: int, agent: Agent, optimizer, returns: list[float]
-) -> None:
+def save_checkpoint(run_dir: Path, args: Args, iteration: int, agent, optimizer, returns: list) -> None:
     """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "iteration": iteration}

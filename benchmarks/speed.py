@@ -119,9 +119,8 @@ def main(options: Options) -> None:
             )
     for column, clock in ((2, "wall"), (3, "processor")):
         ours_, theirs = (statistics.median(row[column] for row in rows if row[0] == side) for side in sides)
-        print(
-            f"ratio of medians, {clock}: {ours_ / theirs:.2f}  (torch {torch.__version__}, {platform.machine()})"
-        )
+        print(f"ratio of medians, {clock}: {ours_ / theirs:.2f}")
+    print(f"torch {torch.__version__}, {platform.machine()}")
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["side", "repetition", "steps_per_second", "steps_per_processor_second"])

@@ -204,7 +204,7 @@ def test_help_explains_every_option(ppo, capsys, monkeypatch):
 
 @control
 def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
-    """Table 3, and what its authors' code did besides: nothing normalised but advantages."""
+    """Table 3, and off what has a switch and is not in the paper."""
     args = ppo.Args(
         num_envs=1,
         num_steps=2048,
@@ -219,6 +219,7 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
         anneal_lr=False,
         norm_obs=False,
         norm_reward=False,
+        norm_adv=False,
         total_timesteps=2048,
         eval_episodes=1,
         run_dir=str(run_dir),
