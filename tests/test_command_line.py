@@ -90,6 +90,14 @@ class TestTasks:
         said = self.refused(ppo, monkeypatch, capsys, tmp_path, "HalfCheetah-v5")
         assert 'pip install "gymnasium[mujoco]"' in said
 
+    @pytest.mark.filterwarnings("ignore:.*render_mode")
+    def test_a_task_that_cannot_be_filmed_is_told_before_training(self, ppo, monkeypatch, capsys, tmp_path):
+        pytest.importorskip("moviepy", reason="filming needs requirements-extra.txt")
+        monkeypatch.chdir(tmp_path)
+        env_id = register("Spaces", observation_space=BOX, action_space=BOX)
+        assert env_id in refusal(ppo, monkeypatch, capsys, "--env-id", env_id, "--capture-video")
+        assert not list(tmp_path.iterdir())
+
     def test_observations_that_do_not_flatten(self, ppo, monkeypatch, capsys, tmp_path):
         env_id = register("Spaces", observation_space=spaces.Sequence(BOX), action_space=BOX)
         assert "which do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
@@ -120,6 +128,33 @@ class TestRuns:
         capsys.readouterr()
         said = refusal(ppo, monkeypatch, capsys, "--run-dir", run_dir)
         assert f"{run_dir} holds a run already: --resume {run_dir}" in said
+
+    def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(
+        self, ppo, monkeypatch, capsys, run_dir
+    ):
+        ppo.train(small(ppo, run_dir))
+        capsys.readouterr()
+
+        def full(*_):
+            raise OSError(28, "No space left on device", "checkpoint.pt.tmp")
+
+        monkeypatch.setattr(ppo.os, "fsync", full)
+        monkeypatch.setattr(sys, "argv", ["x", "--resume", str(run_dir), "--total-timesteps", "1024"])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        said = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert "error: [Errno 28] No space left on device: 'checkpoint.pt.tmp'" in said
+        assert ppo.load_checkpoint(run_dir)["iteration"] == 4
+
+    def test_track_beside_evaluate_would_do_nothing_and_is_refused(self, ppo, monkeypatch, capsys, run_dir):
+        ppo.train(small(ppo, run_dir))
+        capsys.readouterr()
+        assert "--track" in refusal(ppo, monkeypatch, capsys, "--evaluate", run_dir, "--track")
+
+    def test_a_run_in_which_no_episode_could_end_says_so(self, ppo, capsys, run_dir):
+        ppo.train(small(ppo, run_dir, checkpoint_every=1))  # 64 steps of Pendulum's 200
+        assert "raise --checkpoint-every" in capsys.readouterr().out
 
     def test_a_run_folder_that_cannot_be_made(self, ppo, monkeypatch, capsys, tmp_path):
         (tmp_path / "file").touch()

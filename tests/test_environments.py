@@ -106,6 +106,7 @@ def test_observations_of_every_kind_are_flattened(ppo, run_dir, space):
         spaces.Box(-0.3, 0.7, (2,), np.float32),
         spaces.Box(-0.3, 0.7, (2,), np.float64),
         spaces.Box(0.1, 0.2, (2, 2), np.float32),
+        spaces.Box(-1, 2, (), np.float32),
         spaces.Box(-np.inf, np.inf, (1,), np.float32),
         spaces.Box(np.array([-1, 0], np.float32), np.array([5, np.inf], np.float32)),
     ],

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, control, curve, probe, scripts_with, small
+from suite import ROOT, Counter, control, curve, probe, scripts_with, small
 
 
 def spy(monkeypatch, ppo, name):
@@ -202,6 +202,13 @@ def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir,
     with pytest.raises(ppo.UserError, match=where):
         ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Broken", **options)))
     ppo.load_agent(run_dir)  # the checkpoint from before is good
+
+
+@control
+def test_rewards_too_large_for_floats_stop_the_run(ppo, run_dir, monkeypatch):
+    monkeypatch.setattr(Counter, "outcome", lambda self, action: (self.obs + 1, 1e300, False))
+    with pytest.raises(ppo.UserError, match="reward is inf at step 2, in environment 0"):
+        ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
 
 
 @control
