@@ -581,7 +581,7 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
                 envs.close()
     except UserError:
         raise
-    except (gym.error.Error, ImportError, AttributeError, AssertionError, ValueError) as error:
+    except (gym.error.Error, ImportError, AttributeError, AssertionError, TypeError, ValueError) as error:
         names = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
         near = f" Near: {', '.join(names)}" if names else ""
         raise UserError(f"{args.env_id}: {error}{near}") from error
