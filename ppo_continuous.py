@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "gymnasium>=1.1", "tyro>=1.0.17", "tensorboard>=2.18", "tqdm>=4.60", "numpy>=2"]
+# dependencies = [
+#   "torch>=2.6", "gymnasium>=1.1", "numpy>=2", "tyro>=1.0.17", "tensorboard>=2.18", "tqdm>=4.60",
+# ]
 # ///
 """Proximal Policy Optimization (PPO), clipped surrogate, continuous actions: one file from end to end.
 
