@@ -168,9 +168,9 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Truncated generalised advantage estimation (PPO eq. 11-12) -> (advantages, returns), all (T, N).
 
-    Row t is transition t and next_values[t] is V of its true successor. A termination has no future, so
-    it removes gamma * V(successor); a truncation has one that was not played, so it keeps it. After
-    either the next row belongs to another episode, so no credit flows back from there.
+    Row t is transition t, next_values[t] is V of its true successor. A termination is death: no future, so
+    no gamma * V(successor). A truncation (a time limit) is not: there is a future, only it was not played,
+    so V(successor) stands for it. After either another episode begins, from which no credit flows back.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
@@ -199,9 +199,9 @@ def clipped_policy_loss(
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Per-element 0.5 * squared error. All (B,). Moves of more than clip_coef gain nothing.
+    """Per-element 0.5 * squared error, to minimise. All (B,); clip_coef None: not clipped.
 
-    not in the paper: the clipping is from its authors' code (openai/baselines, ppo2).
+    not in the paper: moving farther than clip_coef from old_values gains nothing (openai/baselines).
     """
     loss = 0.5 * (new_values - returns) ** 2
     if clip_coef is None:
