@@ -43,8 +43,8 @@ def main() -> None:
     print("| task | steps | evaluation of each seed (mean of 20 deterministic episodes) | worst |\n|-|-|-|-|")
     for task, seeds in evaluations.items():
         values = [value for _, (_, value) in sorted(seeds.items())]
-        each = ", ".join(f"{value:.0f}" for value in values)
-        print(f"| {task} | {next(iter(seeds.values()))[0]:,} | {each} | {min(values):.0f} |")
+        each = ", ".join(str(round(value)) for value in values)
+        print(f"| {task} | {next(iter(seeds.values()))[0]:,} | {each} | {round(min(values))} |")
 
 
 if __name__ == "__main__":
