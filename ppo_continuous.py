@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -280,15 +280,18 @@ class RunningMoments(nn.Module):
 
 
 def mlp(x, parameters, tanh=torch.tanh):
-    """Two hidden layers of tanh units, (..., inputs) -> (..., outputs). For tensors, or for arrays."""
-    weight1, bias1, weight2, bias2, weight3, bias3 = parameters
-    return tanh(tanh(x @ weight1 + bias1) @ weight2 + bias2) @ weight3 + bias3
+    """Layers of tanh units and a linear last one, (..., inputs) -> (..., outputs). For tensors or arrays."""
+    *hidden, last_weight, last_bias = parameters
+    for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
+        x = tanh(x @ weight + bias)
+    return x @ last_weight + last_bias
 
 
-def mlp_parameters(inputs: int, outputs: int, last_gain: float) -> nn.ParameterList:
-    """What mlp() needs for hidden layers of 64. Not in the paper: orthogonal weights, zero biases."""
-    parameters = nn.ParameterList()
-    for rows, columns, gain in [(inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, last_gain)]:
+def mlp_parameters(inputs: int, outputs: int, last_gain: float, hidden=(64, 64)) -> nn.ParameterList:
+    """Weights and biases for mlp(). Not in the paper: orthogonal weights, zero biases."""
+    parameters, sizes = nn.ParameterList(), [inputs, *hidden, outputs]
+    gains = [math.sqrt(2)] * len(hidden) + [last_gain]
+    for rows, columns, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
         parameters.append(nn.init.orthogonal_(torch.empty(columns, rows), gain).T.contiguous())
         parameters.append(torch.zeros(columns))
     return parameters
@@ -420,6 +423,13 @@ def derive_seed(*key: int) -> int:
 # ---------------------------------------------------------------------------------------- the algorithm
 
 
+def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, ...]]:
+    """Rows (B, ...), shuffled anew for each of the epochs and cut into minibatches of this size."""
+    for _ in range(epochs):
+        shuffle = torch.randperm(len(rows[0]), device=rows[0].device)
+        yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
+
+
 def train(args: Args) -> list[float]:
     """Algorithm 1 of the paper. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
@@ -495,30 +505,28 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards, old_values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
-        obs, actions, old_logprobs, old_values, advantages, returns = (
-            x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)
-        )
+        batch = [x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)]
 
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs = [], []
-        shuffles = (torch.randperm(args.batch_size, device=device) for _ in range(args.update_epochs))
-        for mb in (mb for shuffle in shuffles for mb in shuffle.split(args.minibatch_size)):
-            mb_obs = obs[mb]
-            new_logprobs = gaussian_logprobs(actions[mb], agent.action_mean(mb_obs), agent.log_std)
+        for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
+            mb_obs, mb_actions, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
+            new_logprobs = gaussian_logprobs(mb_actions, agent.action_mean(mb_obs), agent.log_std)
             new_values = agent.value(mb_obs)
-            # not in the paper: keeps clip_coef and the learning rate meaningful across reward scales
-            mb_advantages = normalize(advantages[mb]) if args.norm_adv else advantages[mb]
-            policy_losses = clipped_policy_loss(new_logprobs, old_logprobs[mb], mb_advantages, args.clip_coef)
-            value_losses = value_loss(new_values, old_values[mb], returns[mb], value_clip_coef)
+            if args.norm_adv:  # not in the paper: keeps clip_coef and the learning rate meaningful
+                mb_advantages = normalize(mb_advantages)
+            policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, args.clip_coef)
+            value_losses = value_loss(new_values, mb_old_values, mb_returns, value_clip_coef)
             policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
             entropy = gaussian_entropy(agent.log_std)
             loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
             weights.grad.zero_()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_([weights], args.max_grad_norm)  # not in the paper
+            grad_norm = weights.grad.norm()
+            weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # not in the paper
             losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
-            logprob_pairs.append((new_logprobs.detach(), old_logprobs[mb]))
+            logprob_pairs.append((new_logprobs.detach(), mb_old_logprobs))
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
@@ -536,7 +544,7 @@ def train(args: Args) -> list[float]:
             "losses/entropy": entropy,
             "losses/approx_kl": approx_kl(*logprobs),
             "losses/clipfrac": clip_fraction(*logprobs, args.clip_coef),
-            "losses/explained_variance": explained_variance(old_values, returns),
+            "losses/explained_variance": explained_variance(old_values.flatten(), returns.flatten()),
             "losses/grad_norm": grad_norm,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / (time.perf_counter() - started),

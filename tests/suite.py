@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,25 @@ def scripts_with(*names: str):
 
 
 control = scripts_with("make_envs")  # the scripts that act in Gymnasium environments
+
+
+def discrete(ppo) -> bool:
+    """Whether the script is for discrete actions; of two kinds, its default task decides."""
+    return isinstance(gym.make(ppo.Args().env_id).action_space, gym.spaces.Discrete)
+
+
+def action_space(ppo) -> gym.Space:
+    """Actions that the script is for."""
+    return gym.spaces.Discrete(3) if discrete(ppo) else gym.spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make_agent(ppo, norm_obs: bool = True):
+    """An agent for three numbers observed and action_space(ppo)."""
+    torch.manual_seed(0)
+    args, space = ppo.Args(norm_obs=norm_obs), action_space(ppo)
+    if discrete(ppo):
+        return ppo.Agent((3,), torch.tensor(3), torch.tensor(0), args)
+    return ppo.Agent(3, torch.as_tensor(space.low), torch.as_tensor(space.high), args)
 
 
 def curve(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -160,6 +180,52 @@ class Broken(Counter):
         return count, reward, terminated
 
 
+class Masked(gym.Env):
+    """Two of four actions are allowed, others anew after every step; the observation is the mask."""
+
+    observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
+    action_space = gym.spaces.Discrete(4)
+
+    def observe(self):
+        self.mask = self.np_random.permutation(np.array([1, 1, 0, 0], np.int8))
+        return self.mask.astype(np.float32), {"action_mask": self.mask}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe()
+
+    def step(self, action):
+        assert self.mask[action], f"{action} is masked"
+        obs, info = self.observe()
+        return obs, float(action), bool(self.np_random.random() < 0.3), False, info
+
+
+class Picture(gym.Env):
+    """One step. One half of a picture is brighter: the left (best action 0) or the right (1)."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, channels_last: bool = True, size: int = 36) -> None:
+        self.shape = (size, size, 3) if channels_last else (3, size, size)
+        self.observation_space = gym.spaces.Box(0, 255, self.shape, np.uint8)
+        self.columns = 1 if channels_last else 2
+
+    def observe(self):
+        self.side = int(self.np_random.integers(2))
+        picture = self.np_random.integers(0, 100, self.shape)
+        halves = np.split(picture, 2, axis=self.columns)  # views
+        halves[self.side] += 100
+        return picture.astype(np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.side)
+        return self.observe(), reward, True, False, {}
+
+
 class Spaces(gym.Env):
     """Any observation space, sampled at random; any action space. Episodes of ten steps."""
 
@@ -190,6 +256,8 @@ PROBES = {
     "TimedCounter": (Counter, 3),
     "Broken": (Broken, None),
     "Spaces": (Spaces, None),
+    "Masked": (Masked, 4),
+    "Picture": (Picture, None),
 }
 
 
@@ -205,4 +273,4 @@ def register(name: str, **kwargs) -> str:
 
 def probe(ppo, name: str, **kwargs) -> str:
     """The id of a probe environment with the actions that the script is for."""
-    return register(name, discrete=ppo.__name__ == "ppo_discrete", **kwargs)
+    return register(name, discrete=discrete(ppo), **kwargs)

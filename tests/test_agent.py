@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from suite import control, scripts_with, small
+from gymnasium import spaces
+from suite import action_space, control, make_agent, scripts_with, small
+from torch import nn
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 
@@ -76,26 +78,142 @@ class TestBoxActions:
         assert agent.log_std.tolist() == [-0.5, -0.5]
 
 
+def categorical_agent(ppo, space, logits=None, obs_shape=(3,)):
+    """An agent for these actions; given logits (C * K,), it has them in every state."""
+    torch.manual_seed(0)
+    agent = ppo.Agent(obs_shape, *ppo.action_layout(space), ppo.Args())
+    if logits is not None:
+        with torch.no_grad():
+            agent.actor[-2].zero_()
+            agent.actor[-1].copy_(torch.as_tensor(logits))
+    return agent
+
+
+KINDS = [
+    spaces.Discrete(3),
+    spaces.Discrete(3, start=-5),
+    spaces.Discrete(1),
+    spaces.MultiDiscrete([2, 4, 3]),
+    spaces.MultiDiscrete([2, 4], start=[7, -1]),
+    spaces.MultiDiscrete([[2, 3], [4, 1]], dtype=np.int32),
+    spaces.MultiBinary(3),
+    spaces.MultiBinary([2, 2]),
+]
+
+
+@scripts_with("categorical_logprobs", "action_layout")
+class TestCategoricalActions:
+    @pytest.mark.parametrize("space", KINDS, ids=str)
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_every_action_is_in_its_space_and_all_of_them_come(self, ppo, space, tensors):
+        obs = torch.zeros(2000, 3) if tensors else np.zeros((2000, 3))
+        actions = np.asarray(categorical_agent(ppo, space).act(obs))
+        assert all(space.contains(action if space.shape else np.int64(action)) for action in actions)
+        seen = {action.tobytes() for action in actions}
+        sizes, _ = ppo.action_layout(space)
+        assert len(seen) == sizes.prod()
+
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_samples_have_the_probabilities_of_the_softmax(self, ppo, tensors):
+        logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+        obs = torch.zeros(40_000, 3) if tensors else np.zeros((40_000, 3))
+        actions = torch.as_tensor(categorical_agent(ppo, spaces.Discrete(4), logits).act(obs))
+        shares = torch.bincount(actions, minlength=4) / len(actions)
+        torch.testing.assert_close(shares, logits.softmax(0), atol=0.012, rtol=0)  # five deviations
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_what_is_masked_is_never_chosen_however_likely(self, ppo, deterministic):
+        agent = categorical_agent(ppo, spaces.Discrete(4, start=1), [50.0, 0.0, 1.0, 90.0])
+        mask = np.array([0, 1, 1, 0], np.int8)
+        one = agent.act(np.zeros(3), mask, deterministic)
+        assert one in (2, 3) and one.dtype == np.int64
+        many = agent.act(np.zeros((500, 3)), np.tile(mask, (500, 1)), deterministic)
+        assert set(many.tolist()) == ({3} if deterministic else {2, 3})
+        each = agent.act(np.zeros((4, 3)), np.eye(4, dtype=bool), deterministic)  # one choice left
+        assert each.tolist() == [1, 2, 3, 4]
+
+    def test_a_mask_renormalises_the_rest_and_gives_masked_logits_no_gradient(self, ppo):
+        agent = categorical_agent(ppo, spaces.Discrete(4))
+        legal = torch.tensor([[[True, False, True, False]], [[True, True, True, True]]])
+        obs = torch.randn(2, 3)
+        logits = ppo.mlp(obs, agent.actor).detach().requires_grad_()
+        agent.actor = nn.ParameterList([torch.eye(4), torch.zeros(4)])  # so that obs are the logits
+        log_policy = agent.log_policy(logits, legal)
+        expected = logits[0, [0, 2]].log_softmax(-1)
+        torch.testing.assert_close(log_policy[0, 0, [0, 2]], expected)
+        torch.testing.assert_close(log_policy[1, 0], logits[1].log_softmax(-1))
+        entropy = ppo.categorical_entropy(log_policy)
+        torch.testing.assert_close(entropy[0], -(expected.exp() * expected).sum())
+        (ppo.categorical_logprobs(torch.tensor([[2], [1]]), log_policy) + entropy).sum().backward()
+        assert logits.grad[0, [1, 3]].tolist() == [0.0, 0.0]
+        assert (logits.grad[0, [0, 2]] != 0).all() and (logits.grad[1] != 0).all()
+
+    def test_choices_that_a_component_does_not_have_count_for_nothing(self, ppo):
+        agent = categorical_agent(ppo, spaces.MultiDiscrete([2, 3]), torch.zeros(6))
+        log_policy = agent.log_policy(torch.zeros(1, 3), agent.choices.expand(1, 2, 3))
+        assert ppo.categorical_entropy(log_policy).item() == pytest.approx(math.log(2) + math.log(3))
+        chosen = ppo.categorical_logprobs(torch.tensor([[1, 2]]), log_policy)
+        assert chosen.item() == pytest.approx(-math.log(2) - math.log(3))
+
+    def test_arrays_and_tensors_act_alike_and_as_the_network_that_learns(self, ppo):
+        agent, obs = categorical_agent(ppo, spaces.MultiDiscrete([5, 3])), torch.randn(200, 3) * 5 + 2
+        agent.obs_moments.update(obs)
+        with torch.no_grad():
+            agent.actor[-2].normal_()
+        noise, legal = ppo.gumbel_noise(200, 2, 5), agent.choices.expand(200, 2, 5)
+        expected = (agent.log_policy(agent.normalize_obs(obs), legal) + noise).argmax(-1)
+        sampled, _ = agent.acting_policy(obs)(obs, noise, legal)
+        assert torch.equal(sampled, expected) and (expected[:, 1] < 3).all()
+        sampled, _ = agent.acting_policy(obs.numpy())(obs.double().numpy(), noise.numpy(), legal.numpy())
+        assert (sampled == expected.numpy()).all()
+
+    @pytest.mark.parametrize("obs_shape", [(4, 40, 36), (36, 40, 3)])
+    def test_images_have_a_trunk_that_actor_and_critic_share(self, ppo, obs_shape):
+        agent = categorical_agent(ppo, spaces.Discrete(3), obs_shape=obs_shape)
+        images = torch.randint(0, 256, (2, 5, *obs_shape), dtype=torch.uint8)
+        features = agent.features(agent.normalize_obs(images))
+        assert features.shape == (2, 5, 512) and agent.value(features).shape == (2, 5)
+        # pixels as shares of one, and channels first, into torch's own layers
+        first = images.flatten(0, 1).float() / 255
+        first = first.permute(0, 3, 1, 2) if obs_shape[-1] == 3 else first
+        trunk = agent.trunk
+        for i, stride in enumerate((4, 2, 1)):
+            layer = nn.Conv2d(first.shape[1], trunk[2 * i].shape[0], trunk[2 * i].shape[-1], stride)
+            layer.weight.data, layer.bias.data = trunk[2 * i].data, trunk[2 * i + 1].data
+            first = layer(first).relu()
+        expected = (first.flatten(1) @ trunk[6] + trunk[7]).relu().unflatten(0, (2, 5))
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+        assert agent.act(images[0].numpy()).shape == (5,) and agent.act(images[0, 0].numpy()).shape == ()
+        assert agent.act(images[0]).shape == (5,)
+
+    def test_orthogonal_start_with_all_choices_alike(self, ppo):
+        agent = categorical_agent(ppo, spaces.Discrete(3))
+        log_policy = agent.log_policy(torch.randn(100, 3), agent.choices.expand(100, 1, 3))
+        torch.testing.assert_close(log_policy, torch.full_like(log_policy, -math.log(3)), atol=0.05, rtol=0)
+        hidden = agent.critic[2]
+        torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(64), atol=1e-5, rtol=0)
+
+
 @control
 class TestAct:
     def test_one_observation_and_a_batch_of_them(self, ppo):
-        agent = box_agent(ppo)
+        agent, shape = make_agent(ppo), action_space(ppo).shape
         batch = np.arange(12.0).reshape(4, 3)
-        assert agent.act(batch).shape == (4, 2)
+        assert agent.act(batch).shape == (4, *shape)
         one = agent.act(batch[2], deterministic=True)
-        assert isinstance(one, np.ndarray) and one.shape == (2,)
+        assert not torch.is_tensor(one) and one.shape == shape and action_space(ppo).contains(one)
         np.testing.assert_allclose(one, agent.act(batch, deterministic=True)[2], rtol=1e-6)
 
     def test_tensors_get_tensors(self, ppo):
-        assert torch.is_tensor(box_agent(ppo).act(torch.zeros(4, 3)))
+        assert torch.is_tensor(make_agent(ppo).act(torch.zeros(4, 3)))
 
     def test_only_the_deterministic_policy_repeats_itself(self, ppo):
-        agent, obs = box_agent(ppo), np.ones(3)
+        agent, obs = make_agent(ppo), np.ones((50, 3))
         assert (agent.act(obs, deterministic=True) == agent.act(obs, deterministic=True)).all()
         assert (agent.act(obs) != agent.act(obs)).any()
 
     def test_raw_observations_are_seen_through_the_statistics(self, ppo):
-        agent = box_agent(ppo)
+        agent = make_agent(ppo)
         data = torch.randn(500, 3) * 20 + 100
         agent.obs_moments.update(data)
         seen = agent.normalize_obs(data)
@@ -104,7 +222,7 @@ class TestAct:
         assert agent.normalize_obs(torch.tensor([1e9, -1e9, 100.0])).tolist()[:2] == [10, -10]
 
     def test_no_norm_obs_leaves_observations_alone(self, ppo):
-        agent, obs = box_agent(ppo, norm_obs=False), torch.tensor([1e3, -5.0, 0.1])
+        agent, obs = make_agent(ppo, norm_obs=False), torch.tensor([1e3, -5.0, 0.1])
         agent.obs_moments.update(torch.randn(50, 3))
         assert agent.normalize_obs(obs).tolist() == obs.tolist()
 
@@ -113,7 +231,7 @@ class TestAct:
 class TestRewardScale:
     @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
     def test_rewards_of_any_scale_come_out_alike(self, ppo, scale):
-        agent, rewards = box_agent(ppo), torch.randn(1000, 1)
+        agent, rewards = make_agent(ppo), torch.randn(1000, 1)
         agent.return_moments.update(rewards * scale)
         torch.testing.assert_close(
             agent.normalize_rewards(rewards * scale),
@@ -123,7 +241,7 @@ class TestRewardScale:
         )
 
     def test_are_not_shifted_and_without_deviation_not_scaled(self, ppo):
-        agent = box_agent(ppo)
+        agent = make_agent(ppo)
         agent.return_moments.update(torch.full((10, 1), 3.0))
         assert agent.normalize_rewards(torch.tensor([0.0, 3.0, 50.0])).tolist() == [0.0, 3.0, 10.0]
 
@@ -131,7 +249,7 @@ class TestRewardScale:
 @scripts_with("flatten_parameters")
 class TestFlatParameters:
     def test_parameters_and_gradients_are_views_of_one_vector(self, ppo):
-        agent = box_agent(ppo)
+        agent = make_agent(ppo)
         before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
         weights = ppo.flatten_parameters(agent)
         assert all((before[name] == parameter).all() for name, parameter in agent.named_parameters())
@@ -143,7 +261,7 @@ class TestFlatParameters:
         assert all((parameter == 0).all() for parameter in agent.parameters())
 
     def test_one_step_is_that_of_plain_adam_and_plain_clipping(self, ppo):
-        flat, plain = box_agent(ppo), box_agent(ppo)
+        flat, plain = make_agent(ppo), make_agent(ppo)
         weights = ppo.flatten_parameters(flat)
         optimizers = torch.optim.Adam([weights], lr=1e-2), torch.optim.Adam(plain.parameters(), lr=1e-2)
         for _ in range(3):
@@ -153,8 +271,8 @@ class TestFlatParameters:
                 for parameter in agent.parameters():
                     if parameter.grad is not None:
                         parameter.grad.zero_()
-                loss = (agent.value(torch.ones(5, 3)) ** 2).sum() + agent.action_mean(torch.ones(5, 3)).sum()
-                (loss + agent.log_std.sum()).backward()
+                obs, loss = torch.ones(5, 3), sum((p**2).sum() for p in agent.parameters())
+                (loss + (agent.value(obs) ** 2).sum() + ppo.mlp(obs, agent.actor)[:, 0].sum()).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()
         for a, b in zip(flat.parameters(), plain.parameters(), strict=True):
@@ -167,6 +285,6 @@ def test_a_saved_agent_acts_as_the_one_that_was_trained(ppo, run_dir, monkeypatc
     monkeypatch.setattr(ppo, "evaluate", lambda agent, *_: trained.append(agent) or [0.0])
     ppo.train(small(ppo, run_dir))
     agent = ppo.load_agent(str(run_dir))
-    obs = np.random.default_rng(0).normal(size=(20, 3)) * 5
+    obs = np.random.default_rng(0).normal(size=(20, len(agent.obs_moments.mean))) * 5
     assert agent.obs_moments.count > 0
     np.testing.assert_array_equal(agent.act(obs, deterministic=True), trained[0].act(obs, deterministic=True))

@@ -1,5 +1,6 @@
 """The command line: what a user gets wrong is told in one line, with exit code 2 and no traceback."""
 
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import ROOT, control, register, small
+from suite import ROOT, action_space, control, discrete, probe, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -94,17 +95,27 @@ class TestTasks:
     def test_a_task_that_cannot_be_filmed_is_told_before_training(self, ppo, monkeypatch, capsys, tmp_path):
         pytest.importorskip("moviepy", reason="filming needs requirements-extra.txt")
         monkeypatch.chdir(tmp_path)
-        env_id = register("Spaces", observation_space=BOX, action_space=BOX)
+        env_id = register("Spaces", observation_space=BOX, action_space=action_space(ppo))
         assert env_id in refusal(ppo, monkeypatch, capsys, "--env-id", env_id, "--capture-video")
         assert not list(tmp_path.iterdir())
 
     def test_observations_that_do_not_flatten(self, ppo, monkeypatch, capsys, tmp_path):
-        env_id = register("Spaces", observation_space=spaces.Sequence(BOX), action_space=BOX)
+        space = spaces.Sequence(BOX)
+        env_id = register("Spaces", observation_space=space, action_space=action_space(ppo))
         assert "which do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
 
-    def test_a_discrete_task_in_the_continuous_script(self, ppo, monkeypatch, capsys, tmp_path):
-        said = self.refused(ppo, monkeypatch, capsys, tmp_path, "CartPole-v1")
-        assert "try python ppo_discrete.py --env-id CartPole-v1" in said
+    def test_a_task_for_another_script_comes_with_its_name(self, ppo, monkeypatch, capsys, tmp_path):
+        other = (
+            "ppo_continuous.py --env-id Pendulum-v1"
+            if discrete(ppo)
+            else "ppo_discrete.py --env-id CartPole-v1"
+        )
+        assert f"try python {other}" in self.refused(ppo, monkeypatch, capsys, tmp_path, other.split()[-1])
+
+
+@scripts_with("gaussian_logprobs")
+class TestBoxTasks:
+    refused = TestTasks.refused
 
     def test_actions_that_are_whole_numbers(self, ppo, monkeypatch, capsys, tmp_path):
         space = spaces.Box(0, 5, (2,), np.int64)
@@ -142,7 +153,7 @@ class TestRuns:
         monkeypatch.setattr(sys, "argv", ["x", "--resume", str(run_dir), "--total-timesteps", "1024"])
         with pytest.raises(SystemExit) as stop:
             ppo.main()
-        said = capsys.readouterr().err.splitlines()
+        said = capsys.readouterr().err
         assert stop.value.code == 2
         assert "error: [Errno 28] No space left on device: 'checkpoint.pt.tmp'" in said
         assert ppo.load_checkpoint(run_dir)["iteration"] == 4
@@ -153,7 +164,8 @@ class TestRuns:
         assert "--track" in refusal(ppo, monkeypatch, capsys, "--evaluate", run_dir, "--track")
 
     def test_a_run_in_which_no_episode_could_end_says_so(self, ppo, capsys, run_dir):
-        ppo.train(small(ppo, run_dir, checkpoint_every=1))  # 64 steps of Pendulum's 200
+        env_id = probe(ppo, "Counter", length=65)  # one more than there are between checkpoints
+        ppo.train(small(ppo, run_dir, env_id=env_id, checkpoint_every=1))
         assert "raise --checkpoint-every" in capsys.readouterr().out
 
     def test_a_run_folder_that_cannot_be_made(self, ppo, monkeypatch, capsys, tmp_path):
@@ -237,7 +249,7 @@ def test_help_explains_every_option(ppo, capsys, monkeypatch):
         assert "--" + name.replace("_", "-") in said
 
 
-@control
+@scripts_with("gaussian_logprobs")
 def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
     """Table 3, and off what has a switch and is not in the paper."""
     args = ppo.Args(
@@ -263,11 +275,23 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
     assert len(ppo.train(args)) == 10
 
 
+@scripts_with("nature_cnn")
+def test_the_paper_s_settings_for_atari_are_in_the_readme(ppo, monkeypatch):
+    """Table 5: T 128, N 8, K 3, minibatch 256, Adam 2.5e-4 and clip 0.1, both annealed, c1 1, c2 0.01."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python ppo_discrete.py (--env-id ALE/Breakout-v5 .*)$", text, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["x", *command.split()])
+    args = ppo.parse_args()
+    assert (args.num_steps, args.num_envs, args.update_epochs, args.minibatch_size) == (128, 8, 3, 256)
+    assert (args.learning_rate, args.clip_coef, args.vf_coef / 2, args.ent_coef) == (2.5e-4, 0.1, 1, 0.01)
+    assert args.anneal_lr and args.anneal_clip and (args.gamma, args.gae_lambda) == (0.99, 0.95)
+
+
 @control
 @pytest.mark.slow
 def test_capture_video_films_the_first_environment_of_the_evaluation(ppo, run_dir, recwarn):
     pytest.importorskip("moviepy", reason="filming needs requirements-extra.txt")
-    ppo.train(small(ppo, run_dir, capture_video=True, env_id="Pendulum-v1"))
+    ppo.train(small(ppo, run_dir, capture_video=True))
     films = list((run_dir / "videos").glob("*.mp4"))
     assert films and all(film.stat().st_size > 1000 for film in films)
 

@@ -1,11 +1,14 @@
 """Row t is transition t, whatever the environment does at the end of an episode."""
 
+import sys
+import types
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import control, probe, register, small
+from suite import Counter, action_space, control, curve, discrete, probe, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -75,7 +78,7 @@ def test_async_environments_give_the_same_results(ppo, tmp_path):
         options = dict(total_timesteps=1024, checkpoint_every=8, async_envs=async_envs)
         returns.append(ppo.train(small(ppo, folder, **options)))
         agents.append(ppo.load_agent(folder).state_dict())
-    assert returns[0] == returns[1] and len(returns[0]) == 4
+    assert returns[0] == returns[1] and len(returns[0]) >= 4
     assert all(torch.equal(agents[0][name], agents[1][name]) for name in agents[0])
 
 
@@ -94,12 +97,12 @@ def test_async_environments_give_the_same_results(ppo, tmp_path):
     ids=lambda space: type(space).__name__,
 )
 def test_observations_of_every_kind_are_flattened(ppo, run_dir, space):
-    env_id = register("Spaces", observation_space=space, action_space=BOX)
+    env_id = register("Spaces", observation_space=space, action_space=action_space(ppo))
     ppo.train(small(ppo, run_dir, env_id=env_id))
     assert len(ppo.load_agent(run_dir).obs_moments.mean) == spaces.flatdim(space)
 
 
-@control
+@scripts_with("gaussian_logprobs")
 @pytest.mark.parametrize(
     "space",
     [
@@ -119,9 +122,9 @@ def test_every_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, spa
 class TensorEnvs(gym.vector.VectorEnv):
     """A vector environment as a GPU would have it: tensors in, tensors out, a dense final_obs."""
 
-    def __init__(self, num_envs):
-        self.num_envs = num_envs
-        self.single_observation_space = self.single_action_space = spaces.Box(-1, 1, (1,), np.float32)
+    def __init__(self, num_envs, single_action_space):
+        self.num_envs, self.single_action_space = num_envs, single_action_space
+        self.single_observation_space = spaces.Box(-1, 1, (1,), np.float32)
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
     def reset(self, *, seed=None, options=None):
@@ -129,7 +132,7 @@ class TensorEnvs(gym.vector.VectorEnv):
         return self.count[:, None].clone(), {}
 
     def step(self, actions):
-        assert torch.is_tensor(actions) and actions.shape == (self.num_envs, 1)
+        assert torch.is_tensor(actions) and actions.shape == (self.num_envs, *self.single_action_space.shape)
         self.count = self.count + 1
         final, terminated = self.count[:, None].clone(), self.count == 5
         rewards = self.count.clone()
@@ -139,7 +142,8 @@ class TensorEnvs(gym.vector.VectorEnv):
 
 @control
 def test_environments_that_speak_tensors_need_only_another_make_envs(ppo, run_dir, monkeypatch):
-    monkeypatch.setattr(ppo, "make_envs", lambda args, num_envs, video_folder=None: TensorEnvs(num_envs))
+    space = action_space(ppo)
+    monkeypatch.setattr(ppo, "make_envs", lambda _, num_envs, video_folder=None: TensorEnvs(num_envs, space))
     rows = rollouts(ppo, monkeypatch, small(ppo, run_dir, norm_obs=False, norm_reward=False))
     assert all((r["next_values"] == r["values"] + 1).all() for r in rows)
     assert ppo.load_checkpoint(run_dir)["episode_returns"].tolist() == [15.0] * 100
@@ -147,7 +151,7 @@ def test_environments_that_speak_tensors_need_only_another_make_envs(ppo, run_di
 
 @control
 def test_every_environment_of_an_evaluation_plays_as_many_episodes(ppo, run_dir, monkeypatch):
-    env_id = register("Spaces", observation_space=BOX, action_space=BOX)
+    env_id = register("Spaces", observation_space=BOX, action_space=action_space(ppo))
     args = small(ppo, run_dir, env_id=env_id)
     ppo.train(args)
     agent, made, make_envs = ppo.load_agent(run_dir), [], ppo.make_envs
@@ -161,8 +165,171 @@ def test_every_environment_of_an_evaluation_plays_as_many_episodes(ppo, run_dir,
 def test_ids_may_name_the_module_that_registers_them(ppo, run_dir, monkeypatch, tmp_path):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium\n"
-        "pendulum = 'gymnasium.envs.classic_control:PendulumEnv'\n"
-        "gymnasium.register('MyPendulum-v0', pendulum, max_episode_steps=50)\n"
+        f"gymnasium.register('MyEnv-v0', 'suite:Counter', kwargs=dict(discrete={discrete(ppo)}))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert len(ppo.train(small(ppo, run_dir, env_id="my_envs:MyPendulum-v0"))) > 0
+    monkeypatch.delitem(sys.modules, "my_envs", raising=False)
+    gym.registry.pop("MyEnv-v0", None)
+    assert len(ppo.train(small(ppo, run_dir, env_id="my_envs:MyEnv-v0"))) > 0
+
+
+@scripts_with("categorical_logprobs", "action_layout")
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(3, start=-1),
+        spaces.MultiDiscrete([2, 5, 1]),
+        spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[1, 0], [0, -9]]),
+        spaces.MultiBinary(3),
+    ],
+    ids=str,
+)
+def test_every_discrete_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, space):
+    ppo.train(small(ppo, run_dir, env_id=register("Spaces", observation_space=BOX, action_space=space)))
+    action = ppo.load_agent(run_dir).act(np.zeros(2))
+    assert space.contains(action)
+
+
+@scripts_with("action_mask")
+class TestMasks:
+    @pytest.mark.parametrize("async_envs", [False, True])
+    def test_the_mask_that_acted_is_the_mask_that_learns_and_belongs_to_its_episode(
+        self, ppo, run_dir, monkeypatch, async_envs
+    ):
+        seen, log_policy = [], ppo.Agent.log_policy
+        record = lambda agent, obs, legal: seen.append((obs, legal)) or log_policy(agent, obs, legal)  # noqa: E731
+        monkeypatch.setattr(ppo.Agent, "log_policy", record)
+        # the environment itself refuses what is masked, in training and in the evaluation
+        options = dict(env_id=register("Masked"), norm_obs=False, async_envs=async_envs)
+        assert len(ppo.train(small(ppo, run_dir, **options))) > 100
+        assert len(seen) == 4 * (1 + 2 * 4)
+        for obs, legal in seen:  # the observation is the mask
+            assert torch.equal(obs.bool(), legal.squeeze(-2))
+
+    def test_an_environment_that_gives_no_mask_now_allows_everything(self, ppo, run_dir, monkeypatch):
+        info = {"action_mask": np.array([[0, 1], [0, 0]], np.int8), "_action_mask": np.array([True, False])}
+        assert ppo.action_mask(info).tolist() == [[False, True], [True, True]]
+        assert ppo.action_mask({"lives": np.ones(2)}) is None
+
+    def test_a_mask_that_leaves_nothing_stops_the_run(self, ppo, run_dir, monkeypatch):
+        outcome = Counter.step
+
+        def step(self, action):
+            obs, *rest, info = outcome(self, action)
+            return obs, *rest, info | {"action_mask": np.array([obs[0] != 3, False])}
+
+        monkeypatch.setattr(Counter, "step", step)
+        with pytest.raises(
+            ppo.UserError, match="an action_mask leaves no action in the 128 steps before 128"
+        ):
+            ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
+
+    def test_taxi_never_takes_an_action_that_changes_nothing(self, ppo, run_dir, monkeypatch):
+        from gymnasium.envs.toy_text.taxi import TaxiEnv
+
+        step, useless = TaxiEnv.step, []
+
+        def watch(self, action):
+            before = self.s
+            result = step(self, action)
+            useless.append(result[0] == before)
+            return result
+
+        monkeypatch.setattr(TaxiEnv, "step", watch)
+        ppo.train(small(ppo, run_dir, env_id="Taxi-v4", eval_episodes=1))
+        assert len(useless) >= 512 and not any(useless)
+
+
+@scripts_with("nature_cnn")
+class TestImages:
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_a_task_that_needs_the_picture_is_learned_from_bytes(
+        self, ppo, run_dir, monkeypatch, channels_last
+    ):
+        kinds, features = set(), ppo.Agent.features
+        monkeypatch.setattr(
+            ppo.Agent, "features", lambda agent, obs: kinds.add(obs.dtype) or features(agent, obs)
+        )
+        env_id = register("Picture", channels_last=channels_last)
+        options = dict(total_timesteps=1024, learning_rate=1e-3, eval_episodes=50, checkpoint_every=8)
+        returns = ppo.train(small(ppo, run_dir, env_id=env_id, **options))
+        assert np.mean(returns[:128]) < 0.75 and np.mean(returns[-128:]) > 0.9
+        assert kinds == {torch.uint8}
+        agent, picture = ppo.load_agent(run_dir), np.zeros((36, 36, 3), np.uint8)
+        picture[:, 18:] = 100
+        picture = picture if channels_last else np.moveaxis(picture, -1, 0)
+        assert agent.act(picture, deterministic=True) == 1
+
+    def test_what_is_too_small_for_the_network_is_flattened(self, ppo, run_dir):
+        ppo.train(small(ppo, run_dir, env_id=register("Picture", size=8)))
+        assert len(ppo.load_agent(run_dir).obs_moments.mean) == 8 * 8 * 3
+
+
+class Games(gym.vector.VectorEnv):
+    """As ale-py's vector environment: games of three lives with three steps each, 5 points a step."""
+
+    def __init__(self, num_envs):
+        self.num_envs, self.ale = num_envs, self
+        self.single_observation_space = spaces.Box(0, 9, (1,), np.float32)
+        self.single_action_space = spaces.Discrete(4)
+
+    def get_action_set(self):
+        return [types.SimpleNamespace(name=name) for name in ("NOOP", "FIRE", "RIGHT", "LEFT")]
+
+    def observe(self):
+        return self.steps[:, None].astype(np.float32), {"lives": 3 - self.steps // 3}
+
+    def reset(self, *, seed=None, options=None):
+        assert isinstance(seed, np.ndarray) and (seed >= 0).all() and (seed < 2**31).all()
+        self.steps = np.zeros(self.num_envs, np.int32)
+        return self.observe()
+
+    def step(self, actions):
+        assert actions.dtype == np.int64 and actions.shape == (self.num_envs,)
+        assert (actions[(self.steps == 3) | (self.steps == 6)] == 1).all()  # a life begins with FIRE
+        self.steps = self.steps + 1
+        over, final = self.steps == 9, np.full((self.num_envs, 1), np.nan, np.float32)
+        final[over] = 9  # only where a game is over does this array hold anything
+        self.steps = np.where(over, 0, self.steps)
+        obs, info = self.observe()
+        rewards = np.full(self.num_envs, 5, np.int32)
+        return obs, rewards, over, np.zeros_like(over), info | ({"final_obs": final} if over.any() else {})
+
+
+@scripts_with("AtariGames")
+class TestAtari:
+    @pytest.fixture
+    def games(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ale_py", types.ModuleType("ale_py"))
+        monkeypatch.setattr(gym, "make_vec", lambda env_id, num_envs, *_, **options: Games(num_envs))
+
+    def test_a_lost_life_ends_the_episode_for_learning_and_the_game_goes_on(
+        self, ppo, run_dir, monkeypatch, games
+    ):
+        options = dict(env_id="ALE/Game-v5", norm_obs=False, checkpoint_every=4)
+        for rows in rollouts(ppo, monkeypatch, small(ppo, run_dir, **options)):
+            assert (rows["next_values"] == rows["values"] + 1).all()  # the next life is the true successor
+            assert (rows["terminations"] == (rows["next_values"] % 3 == 0)).all()
+            assert (rows["rewards"] == 1).all()  # their sign is learned from
+
+    def test_what_is_logged_and_evaluated_is_the_score_of_whole_games(self, ppo, run_dir, monkeypatch, games):
+        evaluations, evaluate = [], ppo.evaluate
+        monkeypatch.setattr(ppo, "evaluate", lambda *x: evaluations.append(evaluate(*x)) or evaluations[0])
+        returns = ppo.train(small(ppo, run_dir, env_id="ALE/Game-v5", checkpoint_every=4))
+        assert returns == [45.0] * (2 * (256 // 9)) and evaluations == [[45.0, 45.0]]
+        assert {length for _, length in curve(run_dir)["charts/episodic_length"]} == {9.0}
+
+    def test_without_ale_py_the_install_command_is_told(self, ppo, run_dir, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ale_py", None)
+        with pytest.raises(ppo.UserError, match="pip install ale-py"):
+            ppo.train(small(ppo, run_dir, env_id="ALE/Breakout-v5"))
+
+    @pytest.mark.slow
+    def test_breakout_itself(self, ppo, run_dir, monkeypatch):
+        pytest.importorskip("ale_py", reason="Atari games need requirements-extra.txt")
+        options = dict(env_id="ALE/Breakout-v5", norm_obs=False, checkpoint_every=4, total_timesteps=2048)
+        rows = rollouts(ppo, monkeypatch, small(ppo, run_dir, num_steps=256, **options))
+        ended = torch.cat([r["terminations"] for r in rows])
+        assert 10 < ended.sum() < 200 and ppo.load_agent(run_dir).obs_shape.tolist() == [4, 84, 84]
+        games = len(ppo.load_checkpoint(run_dir)["episode_returns"])
+        assert 5 * games <= ended.sum() <= 5 * (games + 2)  # five lives a game

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from suite import scripts_with
-from torch.distributions import Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 
 def rows(*shape, seed=0, dtype=torch.float64):
@@ -168,6 +168,45 @@ class TestGaussian:
         inputs = rows(4, 2), rows(4, 2, seed=1).requires_grad_(), rows(2, seed=2).requires_grad_()
         assert torch.autograd.gradcheck(ppo.gaussian_logprobs, inputs)
         assert torch.autograd.gradcheck(ppo.gaussian_entropy, inputs[2:])
+
+
+@scripts_with("categorical_logprobs", "categorical_entropy")
+class TestCategorical:
+    def test_two_choices_by_hand(self, ppo):
+        log_policy = torch.tensor([[[0.25, 0.75]]]).log()
+        assert ppo.categorical_logprobs(torch.tensor([[1]]), log_policy).item() == pytest.approx(
+            math.log(0.75)
+        )
+        entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+        assert ppo.categorical_entropy(log_policy).item() == pytest.approx(entropy)
+
+    def test_discrete_and_multidiscrete_agree_with_torch_distributions(self, ppo):
+        log_policy = rows(7, 3, 5).log_softmax(-1)  # three components with five choices each
+        actions = torch.randint(0, 5, (7, 3), generator=torch.Generator().manual_seed(0))
+        distribution = Independent(Categorical(logits=log_policy), 1)
+        logprobs = ppo.categorical_logprobs(actions, log_policy)
+        torch.testing.assert_close(logprobs, distribution.log_prob(actions))
+        torch.testing.assert_close(ppo.categorical_entropy(log_policy), distribution.entropy())
+
+    def test_multibinary_agrees_with_torch_distributions(self, ppo):
+        logits = rows(7, 4, 2)  # of 0 and of 1
+        actions = (rows(7, 4, seed=1) > 0).long()
+        distribution = Independent(Bernoulli(logits=logits[..., 1] - logits[..., 0]), 1)
+        logprobs = ppo.categorical_logprobs(actions, logits.log_softmax(-1))
+        torch.testing.assert_close(logprobs, distribution.log_prob(actions.double()))
+        torch.testing.assert_close(ppo.categorical_entropy(logits.log_softmax(-1)), distribution.entropy())
+
+    def test_gradients_by_finite_differences(self, ppo):
+        logits, actions = rows(4, 2, 3).requires_grad_(), torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]])
+        assert torch.autograd.gradcheck(
+            lambda x: ppo.categorical_logprobs(actions, x.log_softmax(-1)), logits
+        )
+        assert torch.autograd.gradcheck(lambda x: ppo.categorical_entropy(x.log_softmax(-1)), logits)
+
+    def test_gumbel_noise_has_the_mean_and_deviation_of_its_distribution(self, ppo):
+        noise = ppo.gumbel_noise(400_000)
+        assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)  # Euler's constant
+        assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
 
 
 @scripts_with("approx_kl")

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 import torch
-from suite import ROOT, control, curve, small
+from suite import ROOT, control, curve, discrete, small
 
 TIMED = {"charts/SPS"}  # the one metric that a clock decides
 
@@ -48,18 +48,23 @@ def assert_same_run(ppo, one, other):
 @control
 @pytest.mark.parametrize(
     "variant",
-    [
-        "--env-id Pendulum-v1",
-        pytest.param("--env-id Pendulum-v1 --async-envs", marks=pytest.mark.slow),
-        pytest.param("--env-id BipedalWalker-v3", marks=pytest.mark.slow),
-    ],
+    ["default task", *(pytest.param(x, marks=pytest.mark.slow) for x in ("--async-envs", "Box2D", "ale_py"))],
 )
 def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path, variant):
-    if "Bipedal" in variant:
-        pytest.importorskip("Box2D", reason="BipedalWalker-v3 needs requirements-extra.txt")
+    options = ["--num-envs", 4, "--num-steps", 256, "--num-minibatches", 8, "--total-timesteps", 16 * 1024]
+    if variant == "--async-envs":
+        options += [variant]
+    elif variant == "Box2D":
+        pytest.importorskip(variant, reason="Box2D needs requirements-extra.txt")
+        options += ["--env-id", "LunarLander-v3" if discrete(ppo) else "BipedalWalker-v3"]
+    elif variant == "ale_py":
+        pytest.importorskip(variant, reason="Atari games need requirements-extra.txt")
+        if not hasattr(ppo, "AtariGames"):
+            pytest.skip("no actions for Atari games")
+        options += ["--env-id", "ALE/Breakout-v5", "--num-steps", 16, "--total-timesteps", 1024]
+        options += ["--num-minibatches", 2, "--update-epochs", 1]
+    options += ["--checkpoint-every", 2, "--eval-episodes", 2]
     chance = random.Random(time.time_ns())
-    options = [*variant.split(), "--num-envs", 4, "--num-steps", 256, "--total-timesteps", 16 * 1024]
-    options += ["--checkpoint-every", 2, "--num-minibatches", 8, "--eval-episodes", 2]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     start = time.monotonic()
     subprocess.run(command(ppo, *options, "--run-dir", alone), check=True, capture_output=True)

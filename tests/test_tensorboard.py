@@ -9,7 +9,7 @@ import time
 import urllib.request
 
 import pytest
-from suite import ROOT, control, curve, small
+from suite import ROOT, control, curve, probe, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -44,14 +44,14 @@ def test_metrics_mean_what_they_say(ppo, run_dir, monkeypatch):
         return result
 
     monkeypatch.setattr(ppo, "value_loss", record)
-    returns = ppo.train(small(ppo, run_dir, num_steps=256, total_timesteps=2048))
+    env_id = probe(ppo, "ObservedReward")  # every step is an episode
+    returns = ppo.train(small(ppo, run_dir, env_id=env_id, num_steps=256, total_timesteps=2048))
     points = curve(run_dir)
     means = [sum(losses[i : i + 8]) / 8 for i in range(0, 32, 8)]  # all minibatches
     assert [value for _, value in points["losses/value_loss"]] == pytest.approx(means, rel=1e-5)
-    # two episodes of 200 steps end within each 256 steps of two environments
-    ended = [sum(returns[i : i + 2]) / 2 for i in range(0, 8, 2)]
+    ended = [sum(returns[i : i + 512]) / 512 for i in range(0, 2048, 512)]
     assert [value for _, value in points["charts/episodic_return"]] == pytest.approx(ended, rel=1e-6)
-    assert {value for _, value in points["charts/episodic_length"]} == {200.0}
+    assert {value for _, value in points["charts/episodic_length"]} == {1.0}
     log_std = ppo.load_agent(run_dir).log_std if hasattr(ppo, "gaussian_entropy") else None
     if log_std is not None:
         last = ppo.gaussian_entropy(log_std).item()
