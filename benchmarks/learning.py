@@ -1,7 +1,7 @@
 """How well the shipped defaults learn: every task, several seeds, one row per evaluation in a CSV file.
 
-    python benchmarks/learning.py                          all tasks; goes on where it was interrupted
-    python benchmarks/learning.py --tasks Hopper-v5 --seeds 1 2
+    python benchmarks/learning.py                          all of them; goes on where it was interrupted
+    python benchmarks/learning.py --scripts ppo_continuous --tasks Hopper-v5 --seeds 1 2
     python benchmarks/plot.py                              draws benchmarks/results/learning.csv
 
 Needs requirements-extra.txt for MuJoCo and Box2D. Runs are kept in runs/learning while they last.
@@ -20,19 +20,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
 COLUMNS = ["script", "task", "seed", "steps", "what", "value"]
-STEPS = {"Pendulum-v1": 100_000}  # all others: 300,000
-TASKS = [
-    *("Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"),
-    *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"),
-]
+STEPS = {  # all others: 300,000
+    "Pendulum-v1": 100_000,
+    "CartPole-v1": 50_000,
+    "Acrobot-v1": 100_000,
+    "FrozenLake-v1": 100_000,
+}
+TASKS = {
+    "ppo_continuous": [
+        *("Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"),
+        *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"),
+    ],
+    "ppo_discrete": [
+        *("CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "LunarLander-v3", "MountainCar-v0", "Taxi-v4")
+    ],
+}
 
 
 @dataclass
 class Options:
     """What to run."""
 
-    script: str = "ppo_continuous"
-    tasks: list[str] = field(default_factory=lambda: TASKS)
+    scripts: list[str] = field(default_factory=lambda: list(TASKS))
+    tasks: list[str] | None = None
+    """None: all of the script"""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
 
 
@@ -78,14 +89,15 @@ def run(script: str, task: str, seed: int) -> list[list]:
 def main(options: Options) -> None:
     """Runs what is missing from the results, one run after the other."""
     RESULTS.parent.mkdir(exist_ok=True)
-    for seed in options.seeds:
-        for task in options.tasks:
-            if (options.script, task, str(seed)) in rows_done():
-                continue
-            rows = run(options.script, task, seed)
-            with RESULTS.open("a", newline="") as file:  # all rows in one write, for others may append too
-                header = [] if os.fstat(file.fileno()).st_size else [COLUMNS]
-                file.write("".join(",".join(map(str, row)) + "\n" for row in header + rows))
+    jobs = [(seed, script) for seed in options.seeds for script in options.scripts]
+    jobs = [(script, task, seed) for seed, script in jobs for task in options.tasks or TASKS[script]]
+    for script, task, seed in jobs:
+        if (script, task, str(seed)) in rows_done():
+            continue
+        rows = run(script, task, seed)
+        with RESULTS.open("a", newline="") as file:  # all rows in one write, for others may append too
+            header = [] if os.fstat(file.fileno()).st_size else [COLUMNS]
+            file.write("".join(",".join(map(str, row)) + "\n" for row in header + rows))
 
 
 if __name__ == "__main__":
