@@ -18,13 +18,12 @@ Left out: 1. real-valued actions (ppo_continuous.py); 2. recurrent policies; 3. 
 curiosity, self-play: other algorithms.
 
 Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observation dimensions. An action has
-C components (Discrete: one) with up to K choices each.
+C components (for Discrete one) of up to A choices each.
 """
 
 import argparse
 import copy
 import dataclasses
-import difflib
 import io
 import math
 import os
@@ -217,12 +216,12 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coe
 
 
 def categorical_logprobs(actions: Tensor, log_policy: Tensor) -> Tensor:
-    """log pi(actions) in nats, summed over C. Chosen (..., C), log-probability of each choice (..., C, K)."""
+    """log pi(actions) in nats, summed over C. (..., C), log-probabilities of all (..., C, A) -> (...)."""
     return log_policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
 def categorical_entropy(log_policy: Tensor) -> Tensor:
-    """Entropy in nats, summed over C. Log-probability of each choice (..., C, K) -> (...)."""
+    """Entropy in nats, summed over C. Log-probabilities of all choices (..., C, A) -> (...)."""
     return -(log_policy.exp() * log_policy).sum((-2, -1))
 
 
@@ -308,22 +307,21 @@ def standardize(obs, mean, var):
 
 
 def nature_cnn(images: Tensor, parameters) -> Tensor:
-    """Three convolutions and a linear layer (Mnih et al. 2015), (B, channels, height, width) -> (B, 512)."""
-    weight1, bias1, weight2, bias2, weight3, bias3, weight4, bias4 = parameters
+    """The network of Mnih et al. 2015, of bytes (B, channels, height, width) -> (B, 512)."""
     x = images.to(torch.float32, memory_format=torch.channels_last) / 255  # the fastest layout for the CPU
-    x = F.relu(F.conv2d(x, weight1, bias1, stride=4))
-    x = F.relu(F.conv2d(x, weight2, bias2, stride=2))
-    x = F.relu(F.conv2d(x, weight3, bias3, stride=1))
-    return F.relu(x.flatten(1) @ weight4 + bias4)
+    *convolutions, weight, bias = parameters
+    for kernel, kernel_bias, stride in zip(convolutions[::2], convolutions[1::2], (4, 2, 1), strict=True):
+        x = F.relu(F.conv2d(x, kernel, kernel_bias, stride))
+    return F.relu(x.flatten(1) @ weight + bias)
 
 
 def nature_cnn_parameters(channels: int, height: int, width: int) -> nn.ParameterList:
-    """What nature_cnn() needs for images of this size."""
+    """Kernels, weights and biases for nature_cnn(), orthogonal like those of mlp()."""
     parameters = nn.ParameterList()
-    for outputs, kernel, stride in [(32, 8, 4), (64, 4, 2), (64, 3, 1)]:
-        weight = torch.empty(outputs, channels, kernel, kernel)
-        parameters.extend([nn.init.orthogonal_(weight, math.sqrt(2)), torch.zeros(outputs)])
-        channels, height, width = outputs, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    for outputs, size, stride in [(32, 8, 4), (64, 4, 2), (64, 3, 1)]:
+        kernel = torch.empty(outputs, channels, size, size)
+        parameters.extend([nn.init.orthogonal_(kernel, math.sqrt(2)), torch.zeros(outputs)])
+        channels, height, width = outputs, (height - size) // stride + 1, (width - size) // stride + 1
     return parameters.extend(mlp_parameters(channels * height * width, 512, math.sqrt(2), hidden=()))
 
 
@@ -332,17 +330,18 @@ class Agent(nn.Module):
 
     def __init__(self, obs_shape: tuple, action_sizes: Tensor, action_start: Tensor, args: Args) -> None:
         super().__init__()
-        self.register_buffer("obs_shape", torch.tensor(obs_shape))
-        self.register_buffer("action_sizes", action_sizes)  # see action_layout
+        self.register_buffer("obs_shape", torch.tensor(obs_shape))  # these three are what load_agent needs
+        self.register_buffer("action_sizes", action_sizes)
         self.register_buffer("action_start", action_start)
-        # (C, K): every component has K logits, of which one with fewer choices uses the first
+        # (C, A): True for the choices that there are; a component with fewer than A has the first
         self.register_buffer("choices", torch.arange(action_sizes.max()) < action_sizes.reshape(-1, 1))
         self.images, self.norm_obs = len(obs_shape) == 3, args.norm_obs
         inputs, hidden = obs_shape[0], (64, 64)
         if self.images:
             inputs, hidden = 512, ()
-            self.channel_axis = -1 if obs_shape[-1] < obs_shape[0] else -3
-            self.trunk = nature_cnn_parameters(*np.moveaxis(np.empty(obs_shape), self.channel_axis, -3).shape)
+            self.channels_last = obs_shape[-1] < obs_shape[0]
+            channels_first = (obs_shape[-1], *obs_shape[:-1]) if self.channels_last else obs_shape
+            self.trunk = nature_cnn_parameters(*channels_first)
         # the small gain makes all choices alike at first
         self.actor = mlp_parameters(inputs, self.choices.numel(), 0.01, hidden)
         self.critic = mlp_parameters(inputs, 1, 1.0, hidden)
@@ -364,11 +363,15 @@ class Agent(nn.Module):
         """What actor and critic see: of images the output of a trunk that they share, (..., 512)."""
         if not self.images:
             return obs
-        images = obs.reshape(-1, *obs.shape[-3:]).movedim(self.channel_axis, -3)
+        images = obs.reshape(-1, *obs.shape[-3:])
+        images = images.movedim(-1, -3) if self.channels_last else images
         return nature_cnn(images, self.trunk).view(*obs.shape[:-3], 512)
 
     def log_policy(self, features: Tensor, legal: Tensor) -> Tensor:
-        """Log-probability of each choice, (..., C, K). Those that are not legal get none, and no gradient."""
+        """Features (..., O or 512) -> log-probability of each choice (..., C, A).
+
+        legal (..., C, A): which choices there are, and not masked. The others get none, and no gradient.
+        """
         logits = mlp(features, self.actor).view(legal.shape)
         return torch.where(legal, logits, -1e9).log_softmax(-1)  # not -inf: 0 * inf would be nan
 
@@ -377,9 +380,9 @@ class Agent(nn.Module):
         return mlp(features, self.critic).squeeze(-1)
 
     def acting_policy(self, like: np.ndarray | Tensor) -> Callable:
-        """(raw obs, Gumbel noise, what is legal (..., C, K)) -> (choices (..., C), actions for env.step()).
+        """(raw obs, Gumbel noise and legal (..., C, A)) -> (chosen (..., C), actions for env.step()).
 
-        It has the weights and statistics of now, and works on arrays or on tensors, like what it is given
+        For use until weights or statistics change. It works on arrays or on tensors, like what it is given
         here. For one small step arrays take a fifth of the time, and no GPU has to be waited for.
         """
         tensors = torch.is_tensor(like)
@@ -388,7 +391,7 @@ class Agent(nn.Module):
         *parameters, obs_mean, obs_var, start = parts
 
         def logits_of(obs):
-            if self.images:  # for torch on any device, and the only networks that are large enough for it
+            if self.images:  # convolutions are large enough to be worth torch, and a GPU
                 with torch.no_grad():
                     features = self.features(torch.as_tensor(obs, device=self.obs_shape.device))
                     logits = mlp(features, self.actor)
@@ -409,18 +412,17 @@ class Agent(nn.Module):
     def act(self, obs, action_mask=None, deterministic: bool = False) -> np.ndarray | Tensor:
         """Raw observations, one or a batch (N, ...) -> actions for env.step(), of the same kind.
 
-        action_mask of a Discrete task, (K,) or (N, K): what is 0 or False there is never chosen.
+        action_mask of a Discrete task, (A,) or (N, A): what is 0 or False there is never chosen.
         """
-        batch = obs.shape[: obs.ndim - len(self.obs_shape)]
-        noise = gumbel_noise(*batch, *self.choices.shape)
-        noise = torch.zeros_like(noise) if deterministic else noise
-        legal = self.choices if action_mask is None else torch.as_tensor(action_mask).bool().view(noise.shape)
-        kind = (lambda x: x.to(obs.device)) if torch.is_tensor(obs) else (lambda x: x.cpu().numpy())
-        return self.acting_policy(like=obs)(obs, kind(noise), kind(legal))[1]
+        shape = (*obs.shape[: obs.ndim - len(self.obs_shape)], *self.choices.shape)
+        noise = torch.zeros(shape) if deterministic else gumbel_noise(*shape)
+        legal = self.choices if action_mask is None else torch.as_tensor(action_mask).bool().view(shape)
+        noise, legal = (x.to(obs.device) if torch.is_tensor(obs) else x.cpu().numpy() for x in (noise, legal))
+        return self.acting_policy(like=obs)(obs, noise, legal)[1]
 
 
 def gumbel_noise(*shape: int) -> Tensor:
-    """Noise whose addition to logits makes their largest a sample of their softmax."""
+    """Noise of this shape; where logits plus it are largest, that is a sample of their softmax."""
     return -torch.empty(shape).exponential_().log()
 
 
@@ -446,8 +448,8 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
     Called once with num_envs 1 for the spaces, then at every checkpoint and for the evaluation; the one
     before is closed first. What it returns has num_envs, single_observation_space, single_action_space,
     reset(seed=[one for each]), step and close; it resets in the step that ends an episode (SAME_STEP), with
-    the last observation in info["final_obs"], and gives new arrays at every step. If these are tensors (on
-    a GPU, say), its actions are, too.
+    the last observation in info["final_obs"], and gives new arrays at every step. If these are tensors (of
+    the device that learns), its actions are, too.
     """
 
     if args.atari:
@@ -476,10 +478,11 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
 
 
 class AtariGames(gym.vector.VectorWrapper):
-    """ale-py's vector environment (84 x 84, four frames, true scores, whole games) with info["life_lost"].
+    """ale-py's vector environment: 84 x 84, four frames, true scores, whole games.
 
-    After a lost life it presses FIRE, if the game has that, as ale-py does after a reset: otherwise a policy
-    that never fires would wait for ever.
+    info["life_lost"] (N,) says where a life or the game was lost. After a lost life info["action_mask"]
+    leaves only FIRE, if the game has it: ale-py fires after a reset, and without it the next life need not
+    begin.
     """
 
     def __init__(self, env_id: str, num_envs: int) -> None:
@@ -487,47 +490,57 @@ class AtariGames(gym.vector.VectorWrapper):
             import ale_py  # noqa: F401 - registers the games
         except ImportError as error:
             raise UserError(f"{env_id} needs the Atari games: pip install ale-py") from error
-        kind, mode = "vector_entry_point", gym.vector.AutoresetMode.SAME_STEP
-        super().__init__(gym.make_vec(env_id, num_envs, kind, autoreset_mode=mode, reward_clipping=False))
-        names = [action.name for action in self.unwrapped.ale.get_action_set()]
-        self.fire = names.index("FIRE") if "FIRE" in names else None
+        entry_point, mode = "vector_entry_point", gym.vector.AutoresetMode.SAME_STEP
+        envs = gym.make_vec(env_id, num_envs, entry_point, autoreset_mode=mode, reward_clipping=False)
+        super().__init__(envs)
+        self.is_fire = np.array([action.name == "FIRE" for action in self.unwrapped.ale.get_action_set()])
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=np.array(seed) >> 1)  # takes 31 bits
-        self.lives, self.life_lost = info["lives"], np.zeros(self.num_envs, bool)
+        obs, info = self.env.reset(seed=np.array(seed) >> 1)  # it takes 31 bits
+        self.lives = info["lives"]
         return obs, info
 
     def step(self, actions):
-        if self.fire is not None:
-            actions = np.where(self.life_lost, self.fire, actions)
         obs, rewards, terminations, truncations, info = self.env.step(actions)
-        self.lives, self.life_lost = info["lives"], info["lives"] < self.lives
-        return obs, rewards, terminations, truncations, info | {"life_lost": self.life_lost | terminations}
+        life_lost = info["lives"] < self.lives  # after the end of a game these are the lives of the next
+        self.lives, info["life_lost"] = info["lives"], life_lost | terminations
+        if self.is_fire.any():
+            info["action_mask"] = self.is_fire | ~life_lost[:, None]
+        return obs, rewards, terminations, truncations, info
 
 
 def is_image(space: gym.Space) -> bool:
-    """Bytes with three axes, one of which is the channels, and large enough for nature_cnn()."""
-    bytes = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
-    return bytes and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+    """Bytes, channels first or last, and large enough for nature_cnn()."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    return min(space.shape[1], max(space.shape[0], space.shape[2])) >= 36
 
 
 def action_mask(info: dict) -> np.ndarray | Tensor | None:
-    """info["action_mask"] (N, K) of a Discrete task as bool, all True where an environment gave none.
+    """info["action_mask"] (N, A) as bool, or None if there is none; what it leaves is legal.
 
     It belongs to the observations that come with it: after an episode's end, to the first of the next.
-    None if no environment gave one.
+    Gymnasium's info["_action_mask"] (N,) says which environments gave one; in the others all is legal.
     """
     if "action_mask" not in info:
         return None
-    return (info["action_mask"] != 0) | ~info["_action_mask"][:, None]
+    if info["action_mask"].ndim != 2:
+        raise UserError(
+            'info["action_mask"] must be an array with a number for each action of a Discrete task'
+        )
+    mask = info["action_mask"] != 0
+    mask = mask | ~info["_action_mask"][:, None] if "_action_mask" in info else mask
+    if not mask.any(-1).all():
+        raise UserError(
+            f'info["action_mask"] of environment {mask.any(-1).tolist().index(False)} leaves no action'
+        )
+    return mask
 
 
 def action_layout(space: gym.Space) -> tuple[Tensor, Tensor]:
     """The number of choices of each component of an action, and the first; both in the shape of an action."""
-    if isinstance(space, gym.spaces.MultiBinary):
-        sizes = 2
-    else:
-        sizes = space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n
+    sizes = getattr(space, "nvec", getattr(space, "n", None))  # MultiDiscrete, Discrete
+    sizes = 2 if isinstance(space, gym.spaces.MultiBinary) else sizes
     start = np.full(space.shape, getattr(space, "start", 0), space.dtype)
     return torch.as_tensor(np.full(space.shape, sizes, np.int64)), torch.as_tensor(start)
 
@@ -556,7 +569,7 @@ def train(args: Args) -> list[float]:
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     agent = Agent(obs_shape, *action_layout(action_space), args).to(device)
     if agent.images:
-        torch.set_num_threads(os.cpu_count() or 1)  # convolutions are worth it
+        torch.set_num_threads(THREADS)  # convolutions are worth them
     weights = flatten_parameters(agent)
     # not in the paper: epsilon 1e-5, TensorFlow's at the time
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -596,28 +609,27 @@ def train(args: Args) -> list[float]:
         noise = gumbel_noise(args.num_steps, *choices.shape)
         noise = noise.to(device) if torch.is_tensor(obs_now) else noise.numpy()
         for t in range(args.num_steps):
-            mask = action_mask(info)  # it belongs to obs_now
+            mask = action_mask(info)
             legal_now = choices if mask is None else mask.reshape(choices.shape)
             action, env_action = policy(obs_now, noise[t], legal_now)
             reset_obs, reward, termination, truncation, info = envs.step(env_action)
             successor, done = reset_obs, termination | truncation
             if done.any():  # an episode's last action leads to its last observation, not to the reset
-                successor = copy.deepcopy(reset_obs)
+                successor = copy.deepcopy(reset_obs)  # an array or a tensor
                 for i in torch.as_tensor(done).nonzero().flatten().tolist():
                     successor[i] = info["final_obs"][i]
-            life_lost = info.get("life_lost", termination)  # for learning it ends an episode, too
-            rows.append((obs_now, action, legal_now, successor, reward, termination, truncation, life_lost))
+            death = info["life_lost"] if args.atari else termination  # what ends an episode for learning
+            rows.append((obs_now, action, legal_now, successor, reward, termination, truncation, death))
             obs_now = reset_obs
-        raw_obs, actions, legal, raw_next_obs, rewards, terminations, truncations, lives_lost = (
+        raw_obs, actions, legal, raw_next_obs, rewards, terminations, truncations, deaths = (
             torch.stack(x) if torch.is_tensor(x[0]) else torch.as_tensor(np.stack(x)).to(device)
             for x in zip(*rows, strict=True)
         )
-        if not agent.images:
-            raw_obs, raw_next_obs = raw_obs.float(), raw_next_obs.float()
         rewards = rewards.float()
-        check_finite(run_dir, step - args.batch_size, next_obs=raw_next_obs, obs=raw_obs, reward=rewards)
-        if not legal.any(-1).all():
-            raise UserError(f"an action_mask leaves no action in the {args.batch_size} steps before {step}")
+        if not agent.images:  # which remain bytes
+            raw_obs, raw_next_obs = raw_obs.float(), raw_next_obs.float()
+            check_finite(run_dir, step - args.batch_size, next_obs=raw_next_obs, obs=raw_obs)
+        check_finite(run_dir, step - args.batch_size, reward=rewards)
         dones = (terminations | truncations).cpu().numpy()
         all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
         sums = all_sums[-1] * ~dones[-1, :, None]
@@ -631,15 +643,15 @@ def train(args: Args) -> list[float]:
                 agent.return_moments.update(torch.as_tensor(all_sums[..., :1], device=device).flatten(0, 1))
                 rewards = rewards.sign() if args.atari else agent.normalize_rewards(rewards)
             obs, next_obs = agent.normalize_obs(raw_obs), agent.normalize_obs(raw_next_obs)
-            # some rows at a time, because images are large once they are floats
-            some_rows = max(1, args.num_steps // args.num_minibatches)
+            # in parts of some steps, because images are large once they are floats
+            some_steps = max(1, args.num_steps // args.num_minibatches)
             features, next_features = (
-                torch.cat([agent.features(part) for part in x.split(some_rows)]) for x in (obs, next_obs)
+                torch.cat([agent.features(part) for part in x.split(some_steps)]) for x in (obs, next_obs)
             )
             old_values, next_values = agent.value(features), agent.value(next_features)
             old_logprobs = categorical_logprobs(actions, agent.log_policy(features, legal))
             advantages, returns = compute_gae(
-                rewards, old_values, next_values, lives_lost, truncations, args.gamma, args.gae_lambda
+                rewards, old_values, next_values, deaths, truncations, args.gamma, args.gae_lambda
             )
         batch = [
             x.flatten(0, 1) for x in (obs, actions, legal, old_logprobs, old_values, advantages, returns)
@@ -649,9 +661,9 @@ def train(args: Args) -> list[float]:
         losses, logprob_pairs = [], []
         for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
             mb_obs, mb_actions, mb_legal, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
-            features = agent.features(mb_obs)
-            log_policy = agent.log_policy(features, mb_legal)
-            new_logprobs, new_values = categorical_logprobs(mb_actions, log_policy), agent.value(features)
+            mb_features = agent.features(mb_obs)
+            log_policy = agent.log_policy(mb_features, mb_legal)
+            new_logprobs, new_values = categorical_logprobs(mb_actions, log_policy), agent.value(mb_features)
             if args.norm_adv:  # not in the paper: keeps clip_coef and the learning rate meaningful
                 mb_advantages = normalize(mb_advantages)
             policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, clip_coef)
@@ -670,7 +682,7 @@ def train(args: Args) -> list[float]:
                 break
             optimizer.step()
         if args.norm_obs and not agent.images:
-            # frozen until here: what has acted has learned (the first iteration saw them raw)
+            # frozen until here: what has acted has learned (the first iteration saw them unscaled)
             agent.obs_moments.update(raw_obs.flatten(0, 1))
 
         # 4. log: means over every minibatch of the iteration
@@ -714,6 +726,7 @@ def train(args: Args) -> list[float]:
 
 
 SCRIPT, FORMAT = "ppo_discrete", 1  # what a checkpoint says of itself
+THREADS = torch.get_num_threads()  # that torch would use on this machine
 FREE_OPTIONS = {"resume", "evaluate", "eval_episodes", "capture_video", "async_envs", "track"}
 
 
@@ -732,9 +745,7 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
     except UserError:
         raise
     except (gym.error.Error, ImportError, AttributeError, AssertionError, TypeError, ValueError) as error:
-        names = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
-        near = f" Near: {', '.join(names)}" if names else ""
-        raise UserError(f"{args.env_id}: {error}{near}") from error
+        raise UserError(f"{args.env_id}: {error}") from error
     observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(actions, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
         raise UserError(

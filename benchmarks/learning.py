@@ -4,7 +4,7 @@
     python benchmarks/learning.py --scripts ppo_continuous --tasks Hopper-v5 --seeds 1 2
     python benchmarks/plot.py                              draws benchmarks/results/learning.csv
 
-Needs requirements-extra.txt for MuJoCo and Box2D. Runs are kept in runs/learning while they last.
+Needs requirements-extra.txt for MuJoCo, Box2D and Atari. Runs are kept in runs/learning while they last.
 """
 
 import csv
@@ -25,6 +25,11 @@ STEPS = {  # all others: 300,000
     "CartPole-v1": 50_000,
     "Acrobot-v1": 100_000,
     "FrozenLake-v1": 100_000,
+    "ALE/Breakout-v5": 200_000,
+}
+OPTIONS = {  # all others: the defaults
+    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 3 --learning-rate 2.5e-4 "
+    "--clip-coef 0.1 --anneal-clip --vf-coef 2"  # Table 5 of the paper
 }
 TASKS = {
     "ppo_continuous": [
@@ -32,7 +37,8 @@ TASKS = {
         *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5"),
     ],
     "ppo_discrete": [
-        *("CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "LunarLander-v3", "MountainCar-v0", "Taxi-v4")
+        *("CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "LunarLander-v3", "MountainCar-v0", "Taxi-v4"),
+        "ALE/Breakout-v5",
     ],
 }
 
@@ -58,22 +64,13 @@ def rows_done() -> set[tuple[str, str, str]]:
 
 def run(script: str, task: str, seed: int) -> list[list]:
     """Trains, or goes on training, and gives the rows for the results."""
-    folder = ROOT / "runs" / "learning" / f"{script}__{task}__{seed}"
+    folder = ROOT / "runs" / "learning" / f"{script}__{task.replace('/', '-')}__{seed}"
     start = [sys.executable, str(ROOT / f"{script}.py")]
     if (folder / "checkpoint.pt").exists():
         start += ["--resume", str(folder)]
     else:
-        steps = STEPS.get(task, 300_000)
-        start += [
-            "--env-id",
-            task,
-            "--seed",
-            str(seed),
-            "--total-timesteps",
-            str(steps),
-            "--run-dir",
-            str(folder),
-        ]
+        start += ["--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
+        start += ["--total-timesteps", str(STEPS.get(task, 300_000)), *OPTIONS.get(task, "").split()]
     subprocess.run(start, check=True)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     returns = events.Scalars("charts/episodic_return")

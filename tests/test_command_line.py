@@ -63,7 +63,7 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ("--resume nowhere", "nowhere/checkpoint.pt does not exist"),
         ("--evaluate nowhere", "nowhere/checkpoint.pt does not exist"),
         ("--env-id Pendulum-v7", "Environment version `v7` for environment `Pendulum` doesn't exist"),
-        ("--env-id Pendulumm-v1", "Near: Pendulum-v1"),
+        ("--env-id Pendulumm-v1", "Did you mean: `Pendulum`?"),
         ("--env-id nonsense", "nonsense: Environment `nonsense` doesn't exist"),
         ("--env-id not/an/id", "not/an/id: Malformed environment ID"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
@@ -227,7 +227,7 @@ def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
     with pytest.raises(ValueError, match=r"--learning-rate is np.float64.*; it must be float"):
         ppo.Args(learning_rate=np.logspace(-4, -3, 3)[0])
-    with pytest.raises(ValueError, match="Near: Pendulum-v1"):
+    with pytest.raises(ValueError, match="Did you mean: `Pendulum`"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
 
 

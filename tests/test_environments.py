@@ -210,6 +210,9 @@ class TestMasks:
         info = {"action_mask": np.array([[0, 1], [0, 0]], np.int8), "_action_mask": np.array([True, False])}
         assert ppo.action_mask(info).tolist() == [[False, True], [True, True]]
         assert ppo.action_mask({"lives": np.ones(2)}) is None
+        assert ppo.action_mask({"action_mask": torch.tensor([[0, 1]])}).tolist() == [[False, True]]
+        with pytest.raises(ppo.UserError, match="must be an array"):
+            ppo.action_mask({"action_mask": np.array([[1, 0], None], dtype=object)})
 
     def test_a_mask_that_leaves_nothing_stops_the_run(self, ppo, run_dir, monkeypatch):
         outcome = Counter.step
@@ -219,9 +222,7 @@ class TestMasks:
             return obs, *rest, info | {"action_mask": np.array([obs[0] != 3, False])}
 
         monkeypatch.setattr(Counter, "step", step)
-        with pytest.raises(
-            ppo.UserError, match="an action_mask leaves no action in the 128 steps before 128"
-        ):
+        with pytest.raises(ppo.UserError, match="of environment 0 leaves no action"):
             ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
 
     def test_taxi_never_takes_an_action_that_changes_nothing(self, ppo, run_dir, monkeypatch):
@@ -264,6 +265,20 @@ class TestImages:
         ppo.train(small(ppo, run_dir, env_id=register("Picture", size=8)))
         assert len(ppo.load_agent(run_dir).obs_moments.mean) == 8 * 8 * 3
 
+    @pytest.mark.parametrize(
+        ("shape", "image"),
+        [
+            ((4, 84, 84), True),
+            ((36, 36, 3), True),
+            ((36, 35, 3), False),
+            ((84, 3, 84), False),
+            ((84, 84), False),
+        ],
+    )
+    def test_images_have_their_channels_first_or_last(self, ppo, shape, image):
+        assert ppo.is_image(spaces.Box(0, 255, shape, np.uint8)) == image
+        assert not ppo.is_image(spaces.Box(0, 1, shape, np.float32))
+
 
 class Games(gym.vector.VectorEnv):
     """As ale-py's vector environment: games of three lives with three steps each, 5 points a step."""
@@ -302,6 +317,25 @@ class TestAtari:
     def games(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ale_py", types.ModuleType("ale_py"))
         monkeypatch.setattr(gym, "make_vec", lambda env_id, num_envs, *_, **options: Games(num_envs))
+
+    def test_after_a_lost_life_only_fire_is_legal(self, ppo, run_dir, monkeypatch, games):
+        seen, log_policy = [], ppo.Agent.log_policy
+        record = lambda agent, obs, legal: seen.append((obs, legal)) or log_policy(agent, obs, legal)  # noqa: E731
+        monkeypatch.setattr(ppo.Agent, "log_policy", record)
+        ppo.train(small(ppo, run_dir, env_id="ALE/Game-v5", norm_obs=False))
+        for obs, legal in seen:
+            new_life = (obs == 3) | (obs == 6)  # (..., 1)
+            assert torch.equal(legal[..., 0, 1:2], torch.ones_like(new_life))
+            assert all(torch.equal(legal[..., 0, i : i + 1], ~new_life) for i in (0, 2, 3))
+
+    def test_information_of_other_environments_is_no_lost_life(self, ppo, run_dir, monkeypatch):
+        step = Counter.step
+        monkeypatch.setattr(
+            Counter, "step", lambda self, x: (*step(self, x)[:4], {"life_lost": True, "lives": 1})
+        )
+        args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), norm_obs=False, norm_reward=False)
+        for rows in rollouts(ppo, monkeypatch, args):
+            assert torch.equal(rows["terminations"], rows["next_values"] == 5)
 
     def test_a_lost_life_ends_the_episode_for_learning_and_the_game_goes_on(
         self, ppo, run_dir, monkeypatch, games

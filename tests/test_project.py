@@ -126,24 +126,24 @@ def readme_blocks(language):
     return re.findall(rf"(?:<!-- test: (.*?) -->\n)?```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_lines_of_the_readme_run(tmp_path, monkeypatch):
-    blocks = "\n".join(code for _, code in readme_blocks("python"))
-    (run,) = set(re.findall(r'"(runs/\w+)"', blocks))
-    subprocess.run(
-        [sys.executable, str(ROOT / "ppo_continuous.py"), "--total-timesteps", "2048", "--run-dir", run],
-        check=True,
-        capture_output=True,
-        cwd=tmp_path,
-    )
-    monkeypatch.syspath_prepend(ROOT)
-    result = subprocess.run(
-        [sys.executable, "-c", blocks],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_python_lines_of_the_readme_run(tmp_path):
+    for _, block in readme_blocks("python"):
+        (script,), (run,) = (
+            re.findall(r"from (ppo_\w+) import", block),
+            set(re.findall(r'"(runs/\w+)"', block)),
+        )
+        (env_id,) = re.findall(r'gym.make\("([\w-]+)"\)', block)
+        train = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", env_id, "--run-dir", run]
+        options = ["--total-timesteps", "2048", "--eval-episodes", "1"]
+        subprocess.run([*train, *options], check=True, capture_output=True, cwd=tmp_path)
+        result = subprocess.run(
+            [sys.executable, "-c", block],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        )
+        assert result.returncode == 0, result.stderr
 
 
 def commands():
