@@ -55,7 +55,7 @@ class Args:
     """Gymnasium id; `module:Name-v0` imports the module first, `ALE/Name-v5` is an Atari game"""
     total_timesteps: int = 50_000
     """environment steps of the whole run, over all environments"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 1e-3
     """Adam's step size (alpha)"""
     num_envs: int = 8
     """parallel environments (N)"""
@@ -67,7 +67,7 @@ class Args:
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias against variance of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 16
+    num_minibatches: int = 8
     """minibatches that each epoch cuts the N * T rows into"""
     update_epochs: int = 10
     """passes over each rollout (K)"""
