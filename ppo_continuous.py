@@ -363,6 +363,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray | Tensor, deterministic: bool = False) -> np.ndarray | Tensor:
         """Raw observations, one (O,) or a batch (N, O) -> actions for env.step(), of the same kind."""
+        check_observation(obs, tuple(self.obs_moments.mean.shape))
         noise = torch.zeros(*obs.shape[:-1], len(self.log_std))
         noise = noise if deterministic else noise.normal_()
         noise = noise.to(obs.device) if torch.is_tensor(obs) else noise.numpy()
@@ -610,19 +611,21 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """Plays args.eval_episodes episodes with the mean action and gives their returns, unscaled.
 
     Every environment plays the same number of them, so that short episodes do not crowd out long ones.
+    What has not ended after 30,000 steps (half an hour of Atari) counts as it is then: it may never end.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     envs = make_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
     # the last 1 keeps these seeds apart from those of training
     obs, _ = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])
-    returns, sums, remaining = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
+    returns, sums, lengths = [], np.zeros(num_envs), np.zeros(num_envs)
+    remaining = np.full(num_envs, args.eval_episodes // num_envs)
     while remaining.any():
         obs, *outcome, _ = envs.step(agent.act(obs, deterministic=True))
         rewards, terminations, truncations = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-        sums += rewards
-        for i in np.flatnonzero((terminations | truncations) & (remaining > 0)):
+        sums, lengths = sums + rewards, lengths + 1
+        for i in np.flatnonzero((terminations | truncations | (lengths == 30_000)) & (remaining > 0)):
             returns.append(float(sums[i]))
-            sums[i], remaining[i] = 0, remaining[i] - 1
+            sums[i], lengths[i], remaining[i] = 0, 0, remaining[i] - 1
     envs.close()
     mean, std = np.mean(returns), np.std(returns)
     print(f"evaluation: return {mean:.1f} +- {std:.1f} over {len(returns)} deterministic episodes")
@@ -651,6 +654,17 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
                 where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
             value = x[tuple(bad[0])].item()
             raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
+
+
+def check_observation(obs: np.ndarray | Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses what would be broadcast, or seen on another scale than in training."""
+    if np.shape(obs)[-len(shape) :] != shape:
+        raise UserError(
+            f"an observation has shape {np.shape(obs)}, and the agent was trained on {shape}; what is "
+            "no vector (Discrete, Dict, ...) goes through gymnasium.spaces.flatten first"
+        )
+    if len(shape) == 3 and obs.dtype not in (np.uint8, torch.uint8):
+        raise UserError(f"an image is of {obs.dtype}; the agent was trained on bytes (uint8)")
 
 
 def check_unchanged(args: Args, run_dir: str) -> None:

@@ -114,7 +114,7 @@ class Args:
 
     @property
     def atari(self) -> bool:
-        return "ALE/" in self.env_id
+        return self.env_id.split(":")[-1].startswith("ALE/")
 
     @property
     def batch_size(self) -> int:
@@ -414,9 +414,11 @@ class Agent(nn.Module):
 
         action_mask of a Discrete task, (A,) or (N, A): what is 0 or False there is never chosen.
         """
+        check_observation(obs, tuple(self.obs_shape.tolist()))
         shape = (*obs.shape[: obs.ndim - len(self.obs_shape)], *self.choices.shape)
         noise = torch.zeros(shape) if deterministic else gumbel_noise(*shape)
-        legal = self.choices if action_mask is None else torch.as_tensor(action_mask).bool().view(shape)
+        legal = self.choices if action_mask is None else legal_choices(action_mask, self.choices)
+        legal = torch.as_tensor(legal).expand(shape)
         noise, legal = (x.to(obs.device) if torch.is_tensor(obs) else x.cpu().numpy() for x in (noise, legal))
         return self.acting_policy(like=obs)(obs, noise, legal)[1]
 
@@ -451,11 +453,10 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
     the last observation in info["final_obs"], and gives new arrays at every step. If these are tensors (of
     the device that learns), its actions are, too.
     """
-
     if args.atari:
         if args.async_envs or video_folder is not None:
             raise UserError(
-                "Atari games run in threads of their own, unseen: no --async-envs, no --capture-video"
+                "Atari games have threads of their own, and no camera: no --async-envs or --capture-video"
             )
         return AtariGames(args.env_id, num_envs)
 
@@ -480,9 +481,8 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
 class AtariGames(gym.vector.VectorWrapper):
     """ale-py's vector environment: 84 x 84, four frames, true scores, whole games.
 
-    info["life_lost"] (N,) says where a life or the game was lost. After a lost life info["action_mask"]
-    leaves only FIRE, if the game has it: ale-py fires after a reset, and without it the next life need not
-    begin.
+    info["life_lost"] (N,) says where a life or the game was lost. For the first two steps of a life the
+    action mask leaves only FIRE, if the game has it: some wait for it, and a sticky action may swallow one.
     """
 
     def __init__(self, env_id: str, num_envs: int) -> None:
@@ -497,16 +497,17 @@ class AtariGames(gym.vector.VectorWrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=np.array(seed) >> 1)  # it takes 31 bits
-        self.lives = info["lives"]
-        return obs, info
+        self.lives, self.age = info["lives"], np.zeros(self.num_envs)
+        return obs, info | self.fire_mask()
 
     def step(self, actions):
         obs, rewards, terminations, truncations, info = self.env.step(actions)
-        life_lost = info["lives"] < self.lives  # after the end of a game these are the lives of the next
-        self.lives, info["life_lost"] = info["lives"], life_lost | terminations
-        if self.is_fire.any():
-            info["action_mask"] = self.is_fire | ~life_lost[:, None]
-        return obs, rewards, terminations, truncations, info
+        life_lost = terminations | (info["lives"] < self.lives)  # after a game: those of the next, no fewer
+        self.lives, self.age = info["lives"], np.where(life_lost | truncations, 0, self.age + 1)
+        return obs, rewards, terminations, truncations, info | self.fire_mask() | {"life_lost": life_lost}
+
+    def fire_mask(self) -> dict[str, np.ndarray]:
+        return {"action_mask": self.is_fire | (self.age >= 2)[:, None]} if self.is_fire.any() else {}
 
 
 def is_image(space: gym.Space) -> bool:
@@ -517,24 +518,24 @@ def is_image(space: gym.Space) -> bool:
 
 
 def action_mask(info: dict) -> np.ndarray | Tensor | None:
-    """info["action_mask"] (N, A) as bool, or None if there is none; what it leaves is legal.
+    """info["action_mask"] (N, A) of a Discrete task, 1 where an environment gave none; None if none did.
 
     It belongs to the observations that come with it: after an episode's end, to the first of the next.
-    Gymnasium's info["_action_mask"] (N,) says which environments gave one; in the others all is legal.
     """
-    if "action_mask" not in info:
-        return None
-    if info["action_mask"].ndim != 2:
+    mask, given = info.get("action_mask"), info.get("_action_mask")
+    return mask if mask is None or given is None or given.all() else np.where(given[:, None], mask, 1)
+
+
+def legal_choices(mask: np.ndarray | Tensor, choices: Tensor) -> np.ndarray | Tensor:
+    """An action mask (..., A), 1 for what is allowed -> bool (..., 1, A) of the same kind."""
+    mask = mask if torch.is_tensor(mask) else np.asarray(mask)
+    if (1, *mask.shape[-1:]) != choices.shape or not ((mask == 0) | (mask == 1)).all():
         raise UserError(
-            'info["action_mask"] must be an array with a number for each action of a Discrete task'
+            f"an action mask {tuple(mask.shape)} must hold 0 or 1 for each action of a Discrete task"
         )
-    mask = info["action_mask"] != 0
-    mask = mask | ~info["_action_mask"][:, None] if "_action_mask" in info else mask
-    if not mask.any(-1).all():
-        raise UserError(
-            f'info["action_mask"] of environment {mask.any(-1).tolist().index(False)} leaves no action'
-        )
-    return mask
+    if not (mask == 1).any(-1).all():
+        raise UserError("an action mask leaves no action")
+    return (mask == 1)[..., None, :]
 
 
 def action_layout(space: gym.Space) -> tuple[Tensor, Tensor]:
@@ -610,7 +611,7 @@ def train(args: Args) -> list[float]:
         noise = noise.to(device) if torch.is_tensor(obs_now) else noise.numpy()
         for t in range(args.num_steps):
             mask = action_mask(info)
-            legal_now = choices if mask is None else mask.reshape(choices.shape)
+            legal_now = choices if mask is None else legal_choices(mask, agent.choices)
             action, env_action = policy(obs_now, noise[t], legal_now)
             reset_obs, reward, termination, truncation, info = envs.step(env_action)
             successor, done = reset_obs, termination | truncation
@@ -762,19 +763,21 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """Plays args.eval_episodes episodes with the likeliest actions and gives their returns, unscaled.
 
     Every environment plays the same number of them, so that short episodes do not crowd out long ones.
+    What has not ended after 30,000 steps (half an hour of Atari) counts as it is then: it may never end.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     envs = make_envs(args, num_envs, run_dir / "videos" if args.capture_video else None)
     # the last 1 keeps these seeds apart from those of training
     obs, info = envs.reset(seed=[derive_seed(args.seed, 0, i, 1) for i in range(num_envs)])
-    returns, sums, remaining = [], np.zeros(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
+    returns, sums, lengths = [], np.zeros(num_envs), np.zeros(num_envs)
+    remaining = np.full(num_envs, args.eval_episodes // num_envs)
     while remaining.any():
         obs, *outcome, info = envs.step(agent.act(obs, action_mask(info), deterministic=True))
         rewards, terminations, truncations = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-        sums += rewards
-        for i in np.flatnonzero((terminations | truncations) & (remaining > 0)):
+        sums, lengths = sums + rewards, lengths + 1
+        for i in np.flatnonzero((terminations | truncations | (lengths == 30_000)) & (remaining > 0)):
             returns.append(float(sums[i]))
-            sums[i], remaining[i] = 0, remaining[i] - 1
+            sums[i], lengths[i], remaining[i] = 0, 0, remaining[i] - 1
     envs.close()
     mean, std = np.mean(returns), np.std(returns)
     print(f"evaluation: return {mean:.1f} +- {std:.1f} over {len(returns)} deterministic episodes")
@@ -803,6 +806,17 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
                 where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
             value = x[tuple(bad[0])].item()
             raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
+
+
+def check_observation(obs: np.ndarray | Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses what would be broadcast, or seen on another scale than in training."""
+    if np.shape(obs)[-len(shape) :] != shape:
+        raise UserError(
+            f"an observation has shape {np.shape(obs)}, and the agent was trained on {shape}; what is "
+            "no vector (Discrete, Dict, ...) goes through gymnasium.spaces.flatten first"
+        )
+    if len(shape) == 3 and obs.dtype not in (np.uint8, torch.uint8):
+        raise UserError(f"an image is of {obs.dtype}; the agent was trained on bytes (uint8)")
 
 
 def check_unchanged(args: Args, run_dir: str) -> None:

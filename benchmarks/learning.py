@@ -25,11 +25,11 @@ STEPS = {  # all others: 300,000
     "CartPole-v1": 50_000,
     "Acrobot-v1": 100_000,
     "FrozenLake-v1": 100_000,
-    "ALE/Breakout-v5": 200_000,
+    "ALE/Breakout-v5": 150_000,
 }
 OPTIONS = {  # all others: the defaults
-    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 3 --learning-rate 2.5e-4 "
-    "--clip-coef 0.1 --anneal-clip --vf-coef 2"  # Table 5 of the paper
+    # Table 5 of the paper, but faster, for a fiftieth of its steps
+    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 1e-3 --clip-coef 0.1"
 }
 TASKS = {
     "ppo_continuous": [

@@ -131,6 +131,7 @@ class TestCategoricalActions:
         assert set(many.tolist()) == ({3} if deterministic else {2, 3})
         each = agent.act(np.zeros((4, 3)), np.eye(4, dtype=bool), deterministic)  # one choice left
         assert each.tolist() == [1, 2, 3, 4]
+        assert agent.act(np.zeros((9, 3)), [0, 0, 1, 0]).tolist() == [3] * 9  # one mask for all
 
     def test_a_mask_renormalises_the_rest_and_gives_masked_logits_no_gradient(self, ppo):
         agent = categorical_agent(ppo, spaces.Discrete(4))
@@ -185,6 +186,8 @@ class TestCategoricalActions:
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
         assert agent.act(images[0].numpy()).shape == (5,) and agent.act(images[0, 0].numpy()).shape == ()
         assert agent.act(images[0]).shape == (5,)
+        with pytest.raises(ppo.UserError, match="trained on bytes"):
+            agent.act(images[0] / 255)
 
     def test_orthogonal_start_with_all_choices_alike(self, ppo):
         agent = categorical_agent(ppo, spaces.Discrete(3))
@@ -225,6 +228,11 @@ class TestAct:
         agent, obs = make_agent(ppo, norm_obs=False), torch.tensor([1e3, -5.0, 0.1])
         agent.obs_moments.update(torch.randn(50, 3))
         assert agent.normalize_obs(obs).tolist() == obs.tolist()
+
+    def test_observations_of_another_shape_are_refused_instead_of_broadcast(self, ppo):
+        for obs in (np.zeros(1), np.zeros((4, 1)), np.zeros(()), 0, torch.zeros(2)):
+            with pytest.raises(ppo.UserError, match="the agent was trained on \\(3,\\)"):
+                make_agent(ppo).act(obs)
 
 
 @control
