@@ -513,7 +513,7 @@ def train(args: Args) -> list[float]:
             mb_obs, mb_actions, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
             new_logprobs = gaussian_logprobs(mb_actions, agent.action_mean(mb_obs), agent.log_std)
             new_values = agent.value(mb_obs)
-            if args.norm_adv:  # not in the paper: keeps clip_coef and the learning rate meaningful
+            if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
                 mb_advantages = normalize(mb_advantages)
             policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, args.clip_coef)
             value_losses = value_loss(new_values, mb_old_values, mb_returns, value_clip_coef)

@@ -665,7 +665,7 @@ def train(args: Args) -> list[float]:
             mb_features = agent.features(mb_obs)
             log_policy = agent.log_policy(mb_features, mb_legal)
             new_logprobs, new_values = categorical_logprobs(mb_actions, log_policy), agent.value(mb_features)
-            if args.norm_adv:  # not in the paper: keeps clip_coef and the learning rate meaningful
+            if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
                 mb_advantages = normalize(mb_advantages)
             policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, clip_coef)
             value_losses = value_loss(new_values, mb_old_values, mb_returns, value_clip_coef)

@@ -29,7 +29,7 @@ STEPS = {  # all others: 300,000
 }
 OPTIONS = {  # all others: the defaults
     # Table 5 of the paper, but faster, for a fiftieth of its steps
-    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 1e-3 --clip-coef 0.1"
+    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-coef 0.1"
 }
 TASKS = {
     "ppo_continuous": [

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 import torch
-from suite import ROOT, control, curve, discrete, small
+from suite import ROOT, SCRIPTS, control, curve, discrete, small
 
 TIMED = {"charts/SPS"}  # the one metric that a clock decides
 
@@ -45,11 +45,15 @@ def assert_same_run(ppo, one, other):
         assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has a point twice"
 
 
-@control
-@pytest.mark.parametrize(
-    "variant",
-    ["default task", *(pytest.param(x, marks=pytest.mark.slow) for x in ("--async-envs", "Box2D", "ale_py"))],
-)
+KILLED = [
+    pytest.param(ppo, variant, marks=[pytest.mark.slow] * (variant != "default task"))
+    for ppo in SCRIPTS
+    for variant in ("default task", "--async-envs", "Box2D", "ale_py")
+    if hasattr(ppo, "AtariGames" if variant == "ale_py" else "make_envs")
+]
+
+
+@pytest.mark.parametrize(("ppo", "variant"), KILLED, ids=lambda x: getattr(x, "__name__", x))
 def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path, variant):
     options = ["--num-envs", 4, "--num-steps", 256, "--num-minibatches", 8, "--total-timesteps", 16 * 1024]
     if variant == "--async-envs":
@@ -59,8 +63,6 @@ def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path
         options += ["--env-id", "LunarLander-v3" if discrete(ppo) else "BipedalWalker-v3"]
     elif variant == "ale_py":
         pytest.importorskip(variant, reason="Atari games need requirements-extra.txt")
-        if not hasattr(ppo, "AtariGames"):
-            pytest.skip("no actions for Atari games")
         options += ["--env-id", "ALE/Breakout-v5", "--num-steps", 16, "--total-timesteps", 1024]
         options += ["--num-minibatches", 2, "--update-epochs", 1]
     options += ["--checkpoint-every", 2, "--eval-episodes", 2]

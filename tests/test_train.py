@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, Counter, control, curve, probe, scripts_with, small
+from suite import ROOT, Counter, control, curve, discrete, probe, scripts_with, small
 
 
 def spy(monkeypatch, ppo, name):
@@ -92,7 +92,16 @@ class TestInvariants:
             assert {inputs[3] for inputs, _ in calls} == {0.2 if clip_vloss else None}
 
 
-@scripts_with("clipped_policy_loss", "gaussian_logprobs", "make_envs")
+@scripts_with("nature_cnn")
+def test_the_clip_range_falls_to_zero_over_the_run_or_stays(ppo, tmp_path, monkeypatch):
+    calls = spy(monkeypatch, ppo, "clipped_policy_loss")
+    for anneal_clip, ranges in ((True, [0.2, 0.15, 0.1, 0.05]), (False, [0.2] * 4)):
+        calls.clear()
+        ppo.train(small(ppo, tmp_path / str(anneal_clip), anneal_clip=anneal_clip))
+        assert [inputs[3] for inputs, _ in calls[::8]] == pytest.approx(ranges)
+
+
+@scripts_with("clipped_policy_loss", "make_envs")
 def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(ppo, run_dir, monkeypatch):
     """PPO is then the actor-critic of eq. 1, with the advantages of eq. 11 and a squared error for V."""
     gradients, step = [], torch.optim.Adam.step
@@ -106,11 +115,14 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     agents, flatten_parameters = [], ppo.flatten_parameters
     monkeypatch.setattr(ppo, "flatten_parameters", lambda x: agents.append(x) or flatten_parameters(x))
     monkeypatch.setattr(torch.optim.Adam, "step", record)
-    gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, ppo, "gaussian_logprobs")
+    kind = "categorical_logprobs" if discrete(ppo) else "gaussian_logprobs"
+    gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, ppo, kind)
     observations, value = [], ppo.Agent.value
     monkeypatch.setattr(ppo.Agent, "value", lambda agent, obs: observations.append(obs) or value(agent, obs))
     monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
-    options = dict(num_minibatches=1, update_epochs=1, max_grad_norm=math.inf, total_timesteps=128)
+    options = dict(
+        num_minibatches=1, update_epochs=1, max_grad_norm=math.inf, total_timesteps=128, ent_coef=0.0
+    )
     ppo.train(small(ppo, run_dir, **options))
 
     # once more from the definition: rows in the order of the rollout, torch's own density, no ratio anywhere
@@ -120,7 +132,10 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     obs = next(x for x in observations if x.dim() == 3).flatten(0, 1)
     (actions, *_), _ = policy_inputs[0]
     advantages, returns = (x.flatten() for x in gae[0][1])
-    distribution = torch.distributions.Normal(agent.action_mean(obs), agent.log_std.exp())
+    if discrete(ppo):
+        distribution = torch.distributions.Categorical(logits=ppo.mlp(obs, agent.actor)[:, None])
+    else:
+        distribution = torch.distributions.Normal(agent.action_mean(obs), agent.log_std.exp())
     scaled = (advantages - advantages.mean()) / advantages.std()
     policy_loss = -(distribution.log_prob(actions.flatten(0, 1)).sum(-1) * scaled).mean()
     value_loss = 0.5 * ((value(agent, obs) - returns) ** 2).mean()
