@@ -53,7 +53,7 @@ class Args:
 
     env_id: str = "CartPole-v1"
     """Gymnasium id; `module:Name-v0` imports the module first, `ALE/Name-v5` is an Atari game"""
-    total_timesteps: int = 45_000
+    total_timesteps: int = 60_000
     """environment steps of the whole run, over all environments"""
     learning_rate: float = 1e-3
     """Adam's step size (alpha)"""
