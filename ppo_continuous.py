@@ -210,14 +210,14 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coe
 
 
 def gaussian_logprobs(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log N(actions; mean, exp(log_std)) in nats, summed over A. (..., A), (..., A), (A,) -> (...)."""
+    """log N(actions; mean, exp(log_std)) in nats, summed over A. (..., A), log_std also (A,) -> (...)."""
     z = (actions - mean) * torch.exp(-log_std)
-    return -0.5 * (z * z).sum(-1) - log_std.sum() - 0.5 * math.log(2 * math.pi) * log_std.numel()
+    return -0.5 * (z * z).sum(-1) - log_std.sum(-1) - 0.5 * math.log(2 * math.pi) * log_std.shape[-1]
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy of a diagonal Gaussian in nats, summed over A; the mean has no part in it. (A,) -> ()."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    """Entropy of a diagonal Gaussian in nats, summed over A; it has no mean in it. (..., A) -> (...)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -530,9 +530,8 @@ def train(args: Args) -> list[float]:
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
-        if (
-            args.norm_obs
-        ):  # frozen until here: what has acted has learned (the first iteration saw them unscaled)
+        if args.norm_obs:
+            # frozen until here: what has acted has learned (the first iteration saw them unscaled)
             agent.obs_moments.update(raw_obs.flatten(0, 1))
 
         # 4. log: means over every minibatch of the iteration
@@ -608,7 +607,7 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
-    """Plays args.eval_episodes episodes with the mean action and gives their returns, unscaled.
+    """Plays args.eval_episodes episodes without noise and gives their returns, unscaled.
 
     Every environment plays the same number of them, so that short episodes do not crowd out long ones.
     What has not ended after 30,000 steps (half an hour of Atari) counts as it is then: it may never end.

@@ -40,6 +40,7 @@ TASKS = {
         *("CartPole-v1", "Acrobot-v1", "FrozenLake-v1", "LunarLander-v3", "MountainCar-v0", "Taxi-v4"),
         "ALE/Breakout-v5",
     ],
+    "ppo_penalty": ["Pendulum-v1", "CartPole-v1"],  # more in penalty.py
 }
 
 
@@ -62,17 +63,20 @@ def rows_done() -> set[tuple[str, str, str]]:
     return {(row["script"], row["task"], row["seed"]) for row in rows}
 
 
-def run(script: str, task: str, seed: int) -> list[list]:
-    """Trains, or goes on training, and gives the rows for the results."""
-    folder = ROOT / "runs" / "learning" / f"{script}__{task.replace('/', '-')}__{seed}"
+def finish(script: str, folder: Path, options: list[str]) -> EventAccumulator:
+    """Trains, or goes on training where it was interrupted -> the metrics of the run."""
     start = [sys.executable, str(ROOT / f"{script}.py")]
-    if (folder / "checkpoint.pt").exists():
-        start += ["--resume", str(folder)]
-    else:
-        start += ["--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
-        start += ["--total-timesteps", str(STEPS.get(task, 300_000)), *OPTIONS.get(task, "").split()]
+    resume = (folder / "checkpoint.pt").exists()
+    start += ["--resume", str(folder)] if resume else [*options, "--run-dir", str(folder)]
     subprocess.run(start, check=True)
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def run(script: str, task: str, seed: int) -> list[list]:
+    """Gives the rows of a run for the results."""
+    folder = ROOT / "runs" / "learning" / f"{script}__{task.replace('/', '-')}__{seed}"
+    options = ["--env-id", task, "--seed", str(seed), "--total-timesteps", str(STEPS.get(task, 300_000))]
+    events = finish(script, folder, [*options, *OPTIONS.get(task, "").split()])
     returns = events.Scalars("charts/episodic_return")
     speed = sorted(event.value for event in events.Scalars("charts/SPS"))
     evaluation = events.Scalars("eval/episodic_return")[0]
@@ -83,18 +87,22 @@ def run(script: str, task: str, seed: int) -> list[list]:
     return [[script, task, seed, step, what, f"{value:.5g}"] for step, what, value in rows]
 
 
+def append(path: Path, columns: list[str], rows: list[list]) -> None:
+    """Adds rows to a CSV file in one write, for others may append too."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="") as file:
+        header = [] if os.fstat(file.fileno()).st_size else [columns]
+        file.write("".join(",".join(map(str, row)) + "\n" for row in header + rows))
+
+
 def main(options: Options) -> None:
     """Runs what is missing from the results, one run after the other."""
-    RESULTS.parent.mkdir(exist_ok=True)
     jobs = [(seed, script) for seed in options.seeds for script in options.scripts]
     jobs = [(script, task, seed) for seed, script in jobs for task in options.tasks or TASKS[script]]
     for script, task, seed in jobs:
         if (script, task, str(seed)) in rows_done():
             continue
-        rows = run(script, task, seed)
-        with RESULTS.open("a", newline="") as file:  # all rows in one write, for others may append too
-            header = [] if os.fstat(file.fileno()).st_size else [COLUMNS]
-            file.write("".join(",".join(map(str, row)) + "\n" for row in header + rows))
+        append(RESULTS, COLUMNS, run(script, task, seed))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Draws results/learning.csv into results/learning_SCRIPT.png and prints the tables for README.md.
+"""Draws results/learning.csv and results/penalty.csv into PNG files and prints the tables for README.md.
 
 python benchmarks/plot.py
 """
 
 import csv
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     for script in dict.fromkeys(row["script"] for row in rows):
         draw(script, [row for row in rows if row["script"] == script])
+    with (RESULTS / "penalty.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    draw_controller([row for row in rows if row["variant"].startswith("target")])
+    compare([row for row in rows if not row["variant"].startswith("target")])
 
 
 def draw(script: str, rows: list[dict[str, str]]) -> None:
@@ -55,6 +60,47 @@ def draw(script: str, rows: list[dict[str, str]]) -> None:
         each = ", ".join(f"{value:.2f}" if small else str(round(value)) for value in values)
         worst = f"{min(values):.2f}" if small else round(min(values))
         print(f"| {task} | {next(iter(seeds.values()))[0]:,} | {each} | {worst} |")
+
+
+def draw_controller(rows: list[dict[str, str]]) -> None:
+    """KL and coefficient over time for each target, and how near the KL was to it."""
+    curves = defaultdict(list)
+    for row in rows:
+        curves[row["variant"].split()[1], row["what"]].append((int(row["steps"]), float(row["value"])))
+    figure, panels = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    print("| target | median KL after 20 iterations | ratio |\n|-|-|-|")
+    for color, target in enumerate(dict.fromkeys(target for target, _ in curves)):
+        line = dict(color=f"C{color}", linewidth=1, label=f"target {target}")
+        panels[0].plot(*zip(*curves[target, "losses/kl"], strict=True), **line)
+        panels[0].axhline(float(target), color=f"C{color}", linewidth=1, linestyle="dotted")
+        panels[1].step(*zip(*curves[target, "charts/kl_coef"], strict=True), **line)
+        median = statistics.median(kl for _, kl in curves[target, "losses/kl"][20:])
+        print(f"| {target} | {median:.4f} | {median / float(target):.2f} |")
+    for panel, label in zip(panels, ("KL(old, new), nats", "kl_coef"), strict=True):
+        panel.set_yscale("log")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[1].xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:.0f}k")
+    panels[1].set_xlabel("environment steps")
+    panels[0].legend(fontsize=8)
+    figure.savefig(RESULTS / "penalty_controller.png", dpi=80)
+
+
+def compare(rows: list[dict[str, str]]) -> None:
+    """One line a task, one column a variant: the evaluations of all seeds and their median."""
+    evaluations = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        if row["what"] == "eval/episodic_return":
+            evaluations[row["task"]][row["variant"]].append(float(row["value"]))
+    variants = ("clip", "adaptive", "fixed")
+    print("| task | " + " | ".join(variants) + " |\n|-|" + "-|" * len(variants))
+    for task, values in sorted(evaluations.items()):
+        cells = [
+            f"**{statistics.median(values[variant]):.0f}** ({', '.join(f'{x:.0f}' for x in values[variant])})"
+            for variant in variants
+            if values[variant]
+        ]
+        print(f"| {task} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,29 +15,43 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_module(path: Path):
+def load_module(path: Path, name: str):
     """Imports a script by its path, as a reader would who copied it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-SCRIPTS = [load_module(path) for path in sorted(ROOT.glob("ppo_*.py"))]
+def with_discrete_actions(path: Path):
+    """A script for both kinds of action, as if its default task had discrete ones."""
+    module = load_module(path, f"{path.stem}_with_discrete_actions")
+
+    @dataclass
+    class Args(module.Args):
+        env_id: str = "CartPole-v1"
+
+    module.Args = Args
+    return module
 
 
-def scripts_with(*names: str):
+SCRIPTS = [load_module(path, path.stem) for path in sorted(ROOT.glob("ppo_*.py"))]
+KINDS = [*SCRIPTS, with_discrete_actions(ROOT / "ppo_penalty.py")]
+
+
+def scripts_with(*names: str, among=SCRIPTS):
     """Parametrises a test by the scripts that have all these names."""
-    have = [script for script in SCRIPTS if all(hasattr(script, name) for name in names)]
+    have = [script for script in among if all(hasattr(script, name) for name in names)]
     return pytest.mark.parametrize("ppo", have, ids=[script.__name__ for script in have])
 
 
 control = scripts_with("make_envs")  # the scripts that act in Gymnasium environments
+each_kind = scripts_with("make_envs", among=KINDS)  # and each of their kinds of action
 
 
 def discrete(ppo) -> bool:
-    """Whether the script is for discrete actions; of two kinds, its default task decides."""
+    """Whether the default task has discrete actions."""
     return isinstance(gym.make(ppo.Args().env_id).action_space, gym.spaces.Discrete)
 
 
@@ -49,8 +64,10 @@ def make_agent(ppo, norm_obs: bool = True):
     """An agent for three numbers observed and action_space(ppo)."""
     torch.manual_seed(0)
     args, space = ppo.Args(norm_obs=norm_obs), action_space(ppo)
-    if discrete(ppo):
-        return ppo.Agent((3,), torch.tensor(3), torch.tensor(0), args)
+    if hasattr(ppo, "action_layout"):
+        return ppo.Agent((3,), *ppo.action_layout(space), args)
+    if hasattr(ppo, "action_bounds"):
+        return ppo.Agent(3, *ppo.action_bounds(space), args)
     return ppo.Agent(3, torch.as_tensor(space.low), torch.as_tensor(space.high), args)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import action_space, control, make_agent, scripts_with, small
+from suite import action_space, control, each_kind, make_agent, scripts_with, small
 from torch import nn
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
@@ -56,7 +56,8 @@ class TestBoxActions:
         agent.obs_moments.update(obs)
         with torch.no_grad():
             agent.actor[4].normal_()
-            expected = agent.action_mean(agent.normalize_obs(obs)) + agent.log_std.exp() * noise
+            mean = ppo.mlp(agent.normalize_obs(obs), agent.actor)
+            expected = mean + agent.log_std.exp() * noise
             sampled, _ = agent.acting_policy(obs)(obs, noise)
         torch.testing.assert_close(sampled, expected)
         sampled, _ = agent.acting_policy(obs.numpy())(obs.double().numpy(), noise.numpy())
@@ -197,7 +198,50 @@ class TestCategoricalActions:
         torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(64), atol=1e-5, rtol=0)
 
 
-@control
+@scripts_with("action_bounds")
+class TestEitherKind:
+    """One agent for a Box or Discrete; its distribution is one tensor."""
+
+    def agent(self, ppo, space, logits):
+        agent = ppo.Agent(3, *ppo.action_bounds(space), ppo.Args())
+        with torch.no_grad():
+            agent.actor[-2].zero_()
+            agent.actor[-1].copy_(torch.tensor(logits))
+        return agent
+
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_discrete_actions_have_the_probabilities_of_the_softmax(self, ppo, tensors):
+        logits = [0.0, 1.0, 2.0, -1.0]
+        obs = torch.zeros(40_000, 3) if tensors else np.zeros((40_000, 3))
+        actions = self.agent(ppo, spaces.Discrete(4, start=-7), logits).act(obs)
+        assert torch.is_tensor(actions) == tensors
+        shares = torch.bincount(torch.as_tensor(actions) + 7, minlength=4) / len(actions)
+        torch.testing.assert_close(shares, torch.tensor(logits).softmax(0), atol=0.012, rtol=0)
+
+    def test_the_deterministic_action_is_the_likeliest_or_the_mean(self, ppo):
+        agent = self.agent(ppo, spaces.Discrete(3, start=5), [0.0, 3.0, 1.0])
+        assert agent.act(np.zeros(3), deterministic=True) == 6
+        agent = self.agent(ppo, spaces.Box(-2, 2, (2,), np.float32), [0.5, -0.25])
+        assert agent.act(np.zeros(3), deterministic=True).tolist() == [1.0, -0.5]
+
+    def test_what_has_acted_has_the_log_probability_that_torch_distributions_give_it(self, ppo):
+        obs = torch.randn(50, 3)
+        box, discrete = spaces.Box(-2, 2, (2,), np.float32), spaces.Discrete(3)
+        agent = self.agent(ppo, box, [0.5, -0.25])
+        actions, _ = agent.acting_policy(obs)(obs, agent.noise(50))
+        policy = agent.distribution(agent.normalize_obs(obs))
+        expected = torch.distributions.Normal(torch.tensor([0.5, -0.25]), math.exp(-0.5))
+        torch.testing.assert_close(agent.logprobs(actions, policy), expected.log_prob(actions).sum(-1))
+        torch.testing.assert_close(agent.entropy(policy), expected.entropy().sum().expand(50))
+        agent = self.agent(ppo, discrete, [0.0, 3.0, 1.0])
+        actions, _ = agent.acting_policy(obs)(obs, agent.noise(50))
+        policy = agent.distribution(agent.normalize_obs(obs))
+        expected = torch.distributions.Categorical(logits=torch.tensor([0.0, 3.0, 1.0]))
+        torch.testing.assert_close(agent.logprobs(actions, policy), expected.log_prob(actions[:, 0]))
+        torch.testing.assert_close(agent.entropy(policy), expected.entropy().expand(50))
+
+
+@each_kind
 class TestAct:
     def test_one_observation_and_a_batch_of_them(self, ppo):
         agent, shape = make_agent(ppo), action_space(ppo).shape
@@ -254,7 +298,7 @@ class TestRewardScale:
         assert agent.normalize_rewards(torch.tensor([0.0, 3.0, 50.0])).tolist() == [0.0, 3.0, 10.0]
 
 
-@scripts_with("flatten_parameters")
+@each_kind
 class TestFlatParameters:
     def test_parameters_and_gradients_are_views_of_one_vector(self, ppo):
         agent = make_agent(ppo)
@@ -287,7 +331,7 @@ class TestFlatParameters:
             torch.testing.assert_close(a, b)
 
 
-@control
+@each_kind
 def test_a_saved_agent_acts_as_the_one_that_was_trained(ppo, run_dir, monkeypatch):
     trained = []
     monkeypatch.setattr(ppo, "evaluate", lambda agent, *_: trained.append(agent) or [0.0])

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import Counter, action_space, control, curve, discrete, probe, register, scripts_with, small
+from suite import (
+    Counter,
+    action_space,
+    control,
+    curve,
+    discrete,
+    each_kind,
+    probe,
+    register,
+    scripts_with,
+    small,
+)
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -31,7 +42,7 @@ def rollouts(ppo, monkeypatch, args):
     return seen
 
 
-@control
+@each_kind
 @pytest.mark.parametrize("async_envs", [False, True])
 class TestTransitions:
     def options(self, async_envs):
@@ -140,7 +151,7 @@ class TensorEnvs(gym.vector.VectorEnv):
         return self.count[:, None], rewards, terminated, torch.zeros_like(terminated), {"final_obs": final}
 
 
-@control
+@each_kind
 def test_environments_that_speak_tensors_need_only_another_make_envs(ppo, run_dir, monkeypatch):
     space = action_space(ppo)
     monkeypatch.setattr(ppo, "make_envs", lambda _, num_envs, video_folder=None: TensorEnvs(num_envs, space))
@@ -164,10 +175,10 @@ def test_every_environment_of_an_evaluation_plays_as_many_episodes(ppo, run_dir,
 @control
 def test_an_evaluation_ends_even_where_episodes_do_not(ppo, run_dir, monkeypatch):
     monkeypatch.setattr(Counter, "outcome", lambda self, action: (0.0, 1.0, False))
-    env_id = probe(ppo, "Counter")
-    ppo.train(small(ppo, run_dir, env_id=env_id, total_timesteps=128, eval_episodes=1))
-    (value,) = [value for _, value in curve(run_dir)["eval/episodic_return"]]
-    assert value == 30_000
+    args = ppo.Args(env_id=probe(ppo, "Counter"), eval_episodes=1)
+    action = gym.make(args.env_id).action_space.sample()
+    agent = types.SimpleNamespace(act=lambda *_, **__: [action])
+    assert ppo.evaluate(agent, args, run_dir) == [30_000.0]
 
 
 @control
@@ -182,21 +193,26 @@ def test_ids_may_name_the_module_that_registers_them(ppo, run_dir, monkeypatch, 
     assert len(ppo.train(small(ppo, run_dir, env_id="my_envs:MyEnv-v0"))) > 0
 
 
-@scripts_with("categorical_logprobs", "action_layout")
+@scripts_with("categorical_logprobs", "make_envs")
+@pytest.mark.parametrize("space", [spaces.Discrete(1), spaces.Discrete(3, start=-1)], ids=str)
+def test_every_discrete_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, space):
+    ppo.train(small(ppo, run_dir, env_id=register("Spaces", observation_space=BOX, action_space=space)))
+    assert space.contains(ppo.load_agent(run_dir).act(np.zeros(2)))
+
+
+@scripts_with("action_layout")
 @pytest.mark.parametrize(
     "space",
     [
-        spaces.Discrete(3, start=-1),
         spaces.MultiDiscrete([2, 5, 1]),
         spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[1, 0], [0, -9]]),
         spaces.MultiBinary(3),
     ],
     ids=str,
 )
-def test_every_discrete_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, space):
+def test_every_action_of_several_components_is_in_its_space(ppo, run_dir, space):
     ppo.train(small(ppo, run_dir, env_id=register("Spaces", observation_space=BOX, action_space=space)))
-    action = ppo.load_agent(run_dir).act(np.zeros(2))
-    assert space.contains(action)
+    assert space.contains(ppo.load_agent(run_dir).act(np.zeros(2)))
 
 
 @scripts_with("action_mask")

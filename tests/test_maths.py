@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from suite import scripts_with
-from torch.distributions import Bernoulli, Categorical, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
 
 
 def rows(*shape, seed=0, dtype=torch.float64):
@@ -127,6 +127,43 @@ class TestClippedPolicyLoss:
         torch.testing.assert_close(clipped, plain)
 
 
+@scripts_with("surrogate_policy_loss")
+class TestSurrogatePolicyLoss:
+    def test_by_hand(self, ppo):
+        new, advantages = torch.tensor([2.0, 0.5, 3.0]).log().requires_grad_(), torch.tensor([1.0, 3.0, -1.0])
+        loss = ppo.surrogate_policy_loss(new, torch.zeros(3), advantages)
+        assert loss.tolist() == pytest.approx([-2.0, -1.5, 3.0])  # -ratio * advantage, per element
+        loss.sum().backward()
+        assert new.grad.tolist() == pytest.approx(
+            [-2.0, -1.5, 3.0]
+        )  # nothing stops it: d ratio / d log = ratio
+
+    def test_at_ratio_one_the_gradient_is_the_policy_gradient_of_eq_1(self, ppo):
+        new, advantages = rows(50).requires_grad_(), rows(50, seed=1)
+        loss = ppo.surrogate_policy_loss(new, new.detach(), advantages).mean()
+        (surrogate,) = torch.autograd.grad(loss, new)
+        (plain,) = torch.autograd.grad(-(new * advantages).mean(), new)
+        torch.testing.assert_close(surrogate, plain)
+
+
+@scripts_with("update_kl_coef")
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (0.0, 0.5),
+        (0.03, 0.5),
+        (0.0399, 0.5),
+        (0.04, 1.0),  # 0.06 / 1.5: at the threshold it stays
+        (0.06, 1.0),
+        (0.09, 1.0),  # 0.06 * 1.5
+        (0.0901, 2.0),
+        (7.0, 2.0),
+    ],
+)
+def test_the_coefficient_doubles_above_and_halves_below_the_target_s_tolerance(ppo, kl, factor):
+    assert ppo.update_kl_coef(3.0, kl, 0.06) == 3.0 * factor
+
+
 @scripts_with("value_loss")
 class TestValueLoss:
     def test_is_half_the_squared_error_of_each_element(self, ppo):
@@ -168,6 +205,81 @@ class TestGaussian:
         inputs = rows(4, 2), rows(4, 2, seed=1).requires_grad_(), rows(2, seed=2).requires_grad_()
         assert torch.autograd.gradcheck(ppo.gaussian_logprobs, inputs)
         assert torch.autograd.gradcheck(ppo.gaussian_entropy, inputs[2:])
+
+
+@scripts_with("gaussian_kl")
+class TestGaussianKL:
+    def test_one_dimension_by_hand(self, ppo):
+        # N(1, 1) to N(0, 2): log 2 + (1 + 1) / (2 * 4) - 1 / 2
+        old = torch.ones(1, 1), torch.zeros(1)
+        new = torch.zeros(1, 1), torch.full((1,), 2.0).log()
+        assert ppo.gaussian_kl(*old, *new).item() == pytest.approx(math.log(2) - 0.25)
+
+    def test_agrees_with_torch_distributions_and_old_comes_first(self, ppo):
+        old, new = (rows(6, 3), rows(6, 3, seed=1)), (rows(6, 3, seed=2), rows(6, 3, seed=3))
+        p, q = (Independent(Normal(mean, log_std.exp()), 1) for mean, log_std in (old, new))
+        torch.testing.assert_close(ppo.gaussian_kl(*old, *new), kl_divergence(p, q))
+        assert (
+            kl_divergence(p, q) - kl_divergence(q, p)
+        ).abs().min() > 0.1  # the other way is another number
+
+    def test_is_the_mean_of_log_old_minus_log_new_over_samples_of_old(self, ppo):
+        old, new = (torch.tensor([0.3, -1.0]), torch.tensor([0.1, -0.4])), (torch.zeros(2), torch.zeros(2))
+        samples = old[0] + old[1].exp() * rows(400_000, 2).float()
+        difference = ppo.gaussian_logprobs(samples, *old) - ppo.gaussian_logprobs(samples, *new)
+        assert ppo.gaussian_kl(*old, *new).item() == pytest.approx(difference.mean().item(), abs=0.006)
+
+    def test_of_a_policy_with_itself_it_is_zero_and_so_is_its_gradient(self, ppo):
+        old = rows(5, 3), rows(5, 3, seed=1)
+        new = tuple(x.clone().requires_grad_() for x in old)
+        kl = ppo.gaussian_kl(*old, *new)
+        assert kl.tolist() == [0.0] * 5
+        kl.sum().backward()
+        assert all((x.grad == 0).all() for x in new)
+
+    def test_gradients_by_finite_differences_and_not_zero_elsewhere(self, ppo):
+        old = rows(4, 2), rows(4, 2, seed=1)
+        new = rows(4, 2, seed=2).requires_grad_(), rows(4, 2, seed=3).requires_grad_()
+        assert torch.autograd.gradcheck(lambda *new: ppo.gaussian_kl(*old, *new), new)
+        ppo.gaussian_kl(*old, *new).sum().backward()
+        assert all((x.grad != 0).all() for x in new)
+
+
+@scripts_with("categorical_kl")
+class TestCategoricalKL:
+    def test_two_choices_by_hand_and_the_first_comes_first(self, ppo):
+        one, other = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+        assert ppo.categorical_kl(one, other).item() == pytest.approx(
+            0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+        )
+        assert ppo.categorical_kl(other, one).item() == pytest.approx(
+            0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+        )
+
+    def test_agrees_with_torch_distributions_for_logits_of_any_offset(self, ppo):
+        one, other = rows(7, 5), rows(7, 5, seed=1)
+        expected = kl_divergence(Categorical(logits=one), Categorical(logits=other))
+        torch.testing.assert_close(ppo.categorical_kl(one + 100, other - 3), expected)
+
+    def test_is_the_mean_of_log_old_minus_log_new_over_samples_of_old(self, ppo):
+        one, other = rows(6).log_softmax(0), rows(6, seed=1).log_softmax(0)
+        samples = Categorical(logits=one).sample((400_000,))
+        estimate = (one[samples] - other[samples]).mean().item()
+        assert ppo.categorical_kl(one, other).item() == pytest.approx(estimate, abs=0.01)
+
+    def test_of_a_policy_with_itself_it_is_zero_and_so_is_its_gradient(self, ppo):
+        old = rows(5, 3)
+        new = old.clone().requires_grad_()
+        kl = ppo.categorical_kl(old, new)
+        assert kl.tolist() == [0.0] * 5
+        kl.sum().backward()
+        torch.testing.assert_close(new.grad, torch.zeros_like(old))
+
+    def test_gradients_by_finite_differences_and_not_zero_elsewhere(self, ppo):
+        old, new = rows(4, 3), rows(4, 3, seed=2).requires_grad_()
+        assert torch.autograd.gradcheck(lambda new: ppo.categorical_kl(old, new), new)
+        ppo.categorical_kl(old, new).sum().backward()
+        assert (new.grad != 0).all()
 
 
 @scripts_with("categorical_logprobs", "categorical_entropy")

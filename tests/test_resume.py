@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 import torch
-from suite import ROOT, SCRIPTS, control, curve, discrete, small
+from suite import ROOT, SCRIPTS, control, curve, discrete, each_kind, small
 
 TIMED = {"charts/SPS"}  # the one metric that a clock decides
 
@@ -46,9 +46,10 @@ def assert_same_run(ppo, one, other):
 
 
 KILLED = [
-    pytest.param(ppo, variant, marks=[pytest.mark.slow] * (variant != "default task"))
+    pytest.param(ppo, variant, marks=[] if quick else [pytest.mark.slow])
     for ppo in SCRIPTS
     for variant in ("default task", "--async-envs", "Box2D", "ale_py")
+    for quick in [(ppo.__name__, variant) == ("ppo_continuous", "default task")]
     if hasattr(ppo, "AtariGames" if variant == "ale_py" else "make_envs")
 ]
 
@@ -111,7 +112,7 @@ def stopped_after(ppo, monkeypatch, args, iterations):
     monkeypatch.setattr(ppo, "save_checkpoint", save)
 
 
-@control
+@each_kind
 @pytest.mark.parametrize(
     "options", [{}, dict(norm_obs=False, norm_reward=False, anneal_lr=False, target_kl=0.01)]
 )
@@ -126,9 +127,11 @@ def test_resuming_in_process_is_exact_and_returns_the_whole_history(ppo, tmp_pat
 
 @control
 def test_the_same_seed_twice_gives_the_same_weights_and_another_seed_others(ppo, tmp_path):
-    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
-        options = ["--seed", seed, "--total-timesteps", 1024, "--num-steps", 64, "--run-dir", tmp_path / name]
-        subprocess.run(command(ppo, *options, "--eval-episodes", 1), check=True, capture_output=True)
+    options = ["--total-timesteps", 1024, "--num-steps", 64, "--eval-episodes", 1, "--run-dir"]
+    subprocess.run(command(ppo, *options, tmp_path / "one"), check=True, capture_output=True)
+    for name, seed in (("two", 1), ("other", 2)):
+        options = dict(total_timesteps=1024, num_steps=64, eval_episodes=1, run_dir=str(tmp_path / name))
+        ppo.train(ppo.Args(seed=seed, **options))
     assert_same_run(ppo, tmp_path / "one", tmp_path / "two")
     one, other = (ppo.load_checkpoint(tmp_path / name)["agent"] for name in ("one", "other"))
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))

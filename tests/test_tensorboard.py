@@ -1,5 +1,6 @@
 """What a run leaves for TensorBoard is what README.md says, and a real server shows it."""
 
+import dataclasses
 import json
 import re
 import socket
@@ -11,18 +12,21 @@ import urllib.request
 import pytest
 from suite import ROOT, control, curve, probe, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 
-def documented_metrics(section: str) -> set[str]:
-    """The tags in the metrics table of README.md."""
+def documented_metrics(section: str) -> dict[str, str]:
+    """The metrics table of README.md: tag -> what it is."""
     text = (ROOT / "README.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
-    return set(re.findall(r"^\| `(\w+/\w+)`", text, flags=re.MULTILINE))
+    return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
 
 
 @control
 def test_the_metrics_table_of_the_readme_lists_what_a_run_writes(ppo, run_dir):
     ppo.train(small(ppo, run_dir, num_steps=256, total_timesteps=2048))
-    assert set(curve(run_dir)) == documented_metrics("Metrics")
+    documented = documented_metrics("Metrics")  # some end with the scripts they are for: "(`ppo_penalty`)"
+    scripts = {tag: re.findall(r"`(ppo_\w+)`", what) for tag, what in documented.items()}
+    assert set(curve(run_dir)) == {tag for tag in scripts if ppo.__name__ in (scripts[tag] or [ppo.__name__])}
 
 
 @control
@@ -38,8 +42,8 @@ def test_every_metric_is_written_once_an_iteration_at_the_steps_taken(ppo, run_d
 def test_metrics_mean_what_they_say(ppo, run_dir, monkeypatch):
     losses, loss = [], ppo.value_loss
 
-    def record(*inputs):
-        result = loss(*inputs)
+    def record(*inputs, **options):
+        result = loss(*inputs, **options)
         losses.append(result.detach().mean().item())
         return result
 
@@ -74,49 +78,51 @@ def answer(port: int, path: str):
 
 
 @control
-@pytest.mark.parametrize("load_fast", ["true", "false"])
-def test_a_tensorboard_server_shows_the_run_with_no_gap_and_no_point_twice(ppo, tmp_path, load_fast):
-    run_dir = tmp_path / "runs" / "one"
-    options = ["--total-timesteps", "1024", "--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4"]
-    script = [sys.executable, str(ROOT / f"{ppo.__name__}.py")]
-    # a run that dies after its events of iteration 3, later than its checkpoint of iteration 2
-    die = (
-        "import sys, os, runpy, torch.utils.tensorboard as tb\n"
-        "add = tb.SummaryWriter.add_scalar\n"
-        "def add_and_die(self, tag, value, step):\n"
-        "    add(self, tag, value, step)\n"
-        "    if step == 512: self.flush(); os._exit(9)\n"
-        "tb.SummaryWriter.add_scalar = add_and_die\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    options += ["--run-dir", str(run_dir), "--checkpoint-every", "2", "--eval-episodes", "1"]
-    died = subprocess.run([sys.executable, "-c", die, script[1], *options], capture_output=True)
-    assert died.returncode == 9
-    subprocess.run([*script, "--resume", str(run_dir)], check=True, capture_output=True)
+def test_tensorboard_servers_show_a_resumed_run_with_no_gap_and_no_point_twice(ppo, tmp_path, monkeypatch):
+    args, add = small(ppo, tmp_path / "runs" / "one", total_timesteps=1024), SummaryWriter.add_scalar
 
+    def add_and_die(writer, tag, value, step):
+        add(writer, tag, value, step)
+        if step == 512:  # after events of iteration 4, later than the checkpoint of iteration 2
+            writer.flush()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(args)
+    monkeypatch.undo()
+    ppo.train(dataclasses.replace(args, resume=args.run_dir))
+    servers = [serve(tmp_path / "runs", load_fast) for load_fast in ("true", "false")]
+    try:
+        for _, port in servers:
+            assert set(shown(port)) == set(curve(tmp_path / "runs" / "one"))
+            for tag in ("losses/policy_loss", "charts/SPS"):
+                points = answer(port, f"data/plugin/scalars/scalars?run=one&tag={tag}")
+                assert [step for _, step, _ in points] == list(range(128, 1025, 128)), tag
+    finally:
+        for server, _ in servers:
+            server.terminate()
+            server.wait()
+
+
+def serve(folder, load_fast: str):
+    """Starts a server -> (its process, its port)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["-m", "tensorboard.main", "--logdir", str(tmp_path / "runs"), "--port", str(port)]
-    server = subprocess.Popen(
-        [sys.executable, *command, "--load_fast", load_fast],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        tags, deadline = {}, time.monotonic() + 60
-        while "eval/episodic_return" not in tags:
-            assert time.monotonic() < deadline, f"the server showed only {sorted(tags)}"
-            time.sleep(0.2)
-            try:
-                tags = answer(port, "data/plugin/scalars/tags").get("one", {})
-            except OSError:
-                continue  # not up yet
-        assert set(tags) == set(curve(run_dir))
-        for tag in ("losses/policy_loss", "charts/SPS"):
-            points = answer(port, f"data/plugin/scalars/scalars?run=one&tag={tag}")
-            assert [step for _, step, _ in points] == list(range(128, 1025, 128)), tag
-    finally:
-        server.terminate()
-        server.wait()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*command, "--load_fast", load_fast], **quiet), port
+
+
+def shown(port: int) -> list[str]:
+    """The tags that a server shows, once it shows the evaluation."""
+    tags, deadline = {}, time.monotonic() + 60
+    while "eval/episodic_return" not in tags:
+        assert time.monotonic() < deadline, f"the server showed only {sorted(tags)}"
+        time.sleep(0.2)
+        try:
+            tags = answer(port, "data/plugin/scalars/tags").get("one", {})
+        except OSError:
+            continue  # not up yet
+    return tags
