@@ -14,13 +14,13 @@
 Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347 (equation numbers below are its own).
 Read from top to bottom: options, maths, model, environments, train(); plumbing comes last.
 
-Left out: 1. the clipped surrogate, which is simpler and mostly better (ppo_continuous.py, ppo_discrete.py);
+Left out: 1. the clipped surrogate, the better one in the paper (ppo_continuous.py, ppo_discrete.py);
 2. images, action masks, actions that are neither a Box nor Discrete (ppo_discrete.py); 3. recurrent policies;
 4. off-policy corrections, curiosity, self-play: other algorithms.
 
 Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observation dimensions, A action
-dimensions (Discrete: choices). The policy's distribution is one tensor (..., P, A): mean and log standard
-deviation (P = 2), or the log-probabilities of all choices (P = 1).
+dimensions or choices. The policy's distribution is one tensor (..., P, A): mean and log standard deviation of
+a Gaussian (P = 2), or the log-probabilities of all choices (P = 1: an action has C = 1 component).
 """
 
 import argparse
@@ -79,9 +79,9 @@ class Args:
     kl_coef: float = 1.0
     """weight of the KL penalty at the start (beta)"""
     adaptive: bool = True
-    """double or halve kl_coef after an iteration whose KL is off the target (else it is fixed)"""
+    """double or halve kl_coef after an iteration whose KL is off the target by more than 1.5 (else: fixed)"""
     kl_coef_min: float = 0.01
-    """floor of the adaptive kl_coef, from where it finds back"""
+    """floor of the adaptive kl_coef, so that it can rise again soon"""
     kl_coef_max: float = 100.0
     """ceiling of the adaptive kl_coef"""
     ent_coef: float = 0.0
@@ -91,7 +91,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest L2 norm of the whole gradient"""
     target_kl: float | None = None
-    """stop the epochs at the first minibatch whose approx_kl exceeds this, in nats (None: never)"""
+    """stop the epochs at the first minibatch whose approx_kl exceeds this (None: never; see kl_target)"""
     log_std_init: float = -0.5
     """log standard deviation of continuous actions at the start, in units of half the action range"""
     norm_obs: bool = True
@@ -348,20 +348,22 @@ class Agent(nn.Module):
     """Policy, value function, and the running statistics that normalise what they see.
 
     The policy is Gaussian where the bounds of the actions are real numbers, categorical where they are whole.
+    It stands twice: distribution() learns, acting_policy() acts. To change one is to change both.
     """
 
     def __init__(self, obs_size: int, action_low: Tensor, action_high: Tensor, args: Args) -> None:
         super().__init__()
         self.discrete = not action_low.is_floating_point()
         action_size = int(action_high - action_low) + 1 if self.discrete else action_low.numel()
-        self.actor = mlp_parameters(obs_size, action_size, last_gain=0.01)  # at first all actions are alike
+        self.actor = mlp_parameters(obs_size, action_size, last_gain=0.01)  # mean 0, choices alike
         self.critic = mlp_parameters(obs_size, 1, last_gain=1.0)
         # the same in every state; a categorical has none
         self.log_std = nn.Parameter(args.log_std_init * torch.ones(0 if self.discrete else action_size))
         self.norm_obs = args.norm_obs
         self.obs_moments = RunningMoments(obs_size)
         self.return_moments = RunningMoments(1)
-        self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # to be saved, too
+        # no part of the policy: train() adapts it, and here it is saved
+        self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
         self.register_buffer("action_low", action_low)
         self.register_buffer("action_high", action_high)
         center, scale = action_low, torch.ones_like(action_low)  # choice 0 is action_low
@@ -387,26 +389,26 @@ class Agent(nn.Module):
         return mlp(obs, self.critic).squeeze(-1)
 
     def distribution(self, obs: Tensor) -> Tensor:
-        """Normalised observations (..., O) -> the whole policy there (..., P, A), for a KL."""
+        """Normalised observations (..., O) -> the policy there as a tensor (..., P, A)."""
         outputs = mlp(obs, self.actor)
         if self.discrete:
             return outputs.log_softmax(-1).unsqueeze(-2)
         return torch.stack((outputs, self.log_std.expand_as(outputs)), -2)
 
     def logprobs(self, actions: Tensor, distribution: Tensor) -> Tensor:
-        """log pi(actions) (...)."""
+        """log pi(actions) in nats (...), of a distribution (..., P, A)."""
         if self.discrete:
             return categorical_logprobs(actions, distribution)
         return gaussian_logprobs(actions, *distribution.unbind(-2))
 
     def entropy(self, distribution: Tensor) -> Tensor:
-        """Entropy (...)."""
+        """Entropy in nats (...), of a distribution (..., P, A)."""
         if self.discrete:
             return categorical_entropy(distribution)
         return gaussian_entropy(distribution[..., 1, :])
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """KL(old, new) (...): the old distribution comes first, for it is the one that acted."""
+        """KL(old, new) in nats (...), of distributions (..., P, A). Old, which has acted, comes first."""
         if self.discrete:
             return categorical_kl(old, new).squeeze(-1)
         return gaussian_kl(*old.unbind(-2), *new.unbind(-2))
@@ -522,7 +524,7 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
 
 
 def train(args: Args) -> list[float]:
-    """Algorithm 1 of the paper. Returns the returns of all training episodes, in the order they ended."""
+    """Algorithm 1 with eq. 8. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
     envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
@@ -610,9 +612,11 @@ def train(args: Args) -> list[float]:
             policy_losses = surrogate_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages)
             value_losses = value_loss(new_values, mb_old_values, mb_returns, clip_coef=None)
             policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
-            penalty, entropy = agent.kl(mb_old_policy, new_policy).mean(), agent.entropy(new_policy).mean()
-            loss = policy_loss + kl_coef * penalty  # minus eq. 8
-            loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and the rest of eq. 9
+            # zero at the first minibatch, with zero gradient: the penalty holds back what comes after
+            mean_kl = agent.kl(mb_old_policy, new_policy).mean()
+            entropy = agent.entropy(new_policy).mean()
+            loss = policy_loss + kl_coef * mean_kl  # minus eq. 8
+            loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and as in eq. 9
 
             weights.grad.zero_()
             loss.backward()
@@ -626,14 +630,14 @@ def train(args: Args) -> list[float]:
         with torch.no_grad():  # once more, over all rows: how far the iteration has moved the policy
             kl = agent.kl(old_policy, agent.distribution(obs)).mean()
         if args.adaptive:  # once for each iteration; the new coefficient serves the next
-            next_kl_coef = update_kl_coef(kl_coef, kl, args.kl_target)
+            next_kl_coef = update_kl_coef(kl_coef, kl.item(), args.kl_target)
             next_kl_coef = min(max(next_kl_coef, args.kl_coef_min), args.kl_coef_max)
             agent.kl_coef.fill_(next_kl_coef)
         if args.norm_obs:
             # frozen until here: what has acted has learned (the first iteration saw them unscaled)
             agent.obs_moments.update(raw_obs.flatten(0, 1))
 
-        # 4. log: means over every minibatch of the iteration
+        # 4. log: means over every minibatch of the iteration; kl over all rows, after the last
         policy_loss, critic_loss, entropy, grad_norm = torch.stack(losses).mean(0)
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
         check_finite(run_dir, step, kl=kl, obs_var=agent.obs_moments.var, return_var=agent.return_moments.var)
