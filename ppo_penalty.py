@@ -54,9 +54,9 @@ class Args:
 
     env_id: str = "Pendulum-v1"
     """Gymnasium id; `module:Name-v0` imports the module first"""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 120_000
     """environment steps of the whole run, over all environments"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 1e-3
     """Adam's step size (alpha)"""
     num_envs: int = 8
     """parallel environments (N)"""
@@ -68,7 +68,7 @@ class Args:
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias against variance of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 16
+    num_minibatches: int = 8
     """minibatches that each epoch cuts the N * T rows into"""
     update_epochs: int = 10
     """passes over each rollout (K)"""
@@ -82,7 +82,7 @@ class Args:
     """double or halve kl_coef after an iteration whose KL is off the target by more than 1.5 (else: fixed)"""
     kl_coef_min: float = 0.01
     """floor of the adaptive kl_coef, so that it can rise again soon"""
-    kl_coef_max: float = 100.0
+    kl_coef_max: float = 1000.0
     """ceiling of the adaptive kl_coef"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (c2)"""
@@ -92,7 +92,7 @@ class Args:
     """largest L2 norm of the whole gradient"""
     target_kl: float | None = None
     """stop the epochs at the first minibatch whose approx_kl exceeds this (None: never; see kl_target)"""
-    log_std_init: float = -0.5
+    log_std_init: float = -1.0
     """log standard deviation of continuous actions at the start, in units of half the action range"""
     norm_obs: bool = True
     """normalise observations by running mean and deviation"""

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
 COLUMNS = ["script", "task", "seed", "steps", "what", "value"]
-STEPS = {  # all others: 300,000
+STEPS = {  # of a script, or of a task; all others: 300,000
+    "ppo_penalty": 120_000,
     "Pendulum-v1": 100_000,
     "CartPole-v1": 60_000,
     "Acrobot-v1": 100_000,
@@ -75,7 +76,14 @@ def finish(script: str, folder: Path, options: list[str]) -> EventAccumulator:
 def run(script: str, task: str, seed: int) -> list[list]:
     """Gives the rows of a run for the results."""
     folder = ROOT / "runs" / "learning" / f"{script}__{task.replace('/', '-')}__{seed}"
-    options = ["--env-id", task, "--seed", str(seed), "--total-timesteps", str(STEPS.get(task, 300_000))]
+    options = [
+        "--env-id",
+        task,
+        "--seed",
+        str(seed),
+        "--total-timesteps",
+        str(STEPS.get(script, STEPS.get(task, 300_000))),
+    ]
     events = finish(script, folder, [*options, *OPTIONS.get(task, "").split()])
     returns = events.Scalars("charts/episodic_return")
     speed = sorted(event.value for event in events.Scalars("charts/SPS"))

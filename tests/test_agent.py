@@ -230,7 +230,7 @@ class TestEitherKind:
         agent = self.agent(ppo, box, [0.5, -0.25])
         actions, _ = agent.acting_policy(obs)(obs, agent.noise(50))
         policy = agent.distribution(agent.normalize_obs(obs))
-        expected = torch.distributions.Normal(torch.tensor([0.5, -0.25]), math.exp(-0.5))
+        expected = torch.distributions.Normal(torch.tensor([0.5, -0.25]), agent.log_std.detach().exp())
         torch.testing.assert_close(agent.logprobs(actions, policy), expected.log_prob(actions).sum(-1))
         torch.testing.assert_close(agent.entropy(policy), expected.entropy().sum().expand(50))
         agent = self.agent(ppo, discrete, [0.0, 3.0, 1.0])

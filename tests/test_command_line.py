@@ -261,7 +261,7 @@ def test_a_clip_range_of_zero(ppo, monkeypatch, capsys):
     [
         ("--kl-target 0", "--kl-target is 0.0; it must lie between 1e-12 and inf"),
         ("--kl-coef -1", "--kl-coef is -1.0; it must lie between 0 and 1000000.0"),
-        ("--kl-coef 0", "--kl-coef is 0.0, but adapts between --kl-coef-min 0.01 and --kl-coef-max 100.0"),
+        ("--kl-coef 0", "--kl-coef is 0.0, but adapts between --kl-coef-min 0.01 and --kl-coef-max 1000.0"),
         ("--kl-coef-min 2", "--kl-coef is 1.0, but adapts between --kl-coef-min 2.0"),
         ("--kl-coef-max 0.5", "--no-adaptive keeps it as it is"),
     ],
