@@ -37,8 +37,10 @@ def draw(script: str, rows: list[dict[str, str]]) -> None:
             curves[task][seed].append(point)
         elif row["what"] == "eval/episodic_return":
             evaluations[task][seed] = point
-    columns = (len(curves) + 1) // 2
-    figure, panels = plt.subplots(2, columns, figsize=(3.5 * columns, 6), layout="constrained")
+    lines = 2 if len(curves) > 2 else 1
+    columns = (len(curves) + lines - 1) // lines
+    size = (3.5 * columns, 3 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for panel, task in zip(panels.flat, curves, strict=False):
         for color, seed in enumerate(sorted(curves[task])):
             line = dict(color=f"C{color}", linewidth=1, label=f"seed {seed}")
