@@ -21,15 +21,15 @@ VARIANTS = {
     "clip": "ppo_continuous",
     "adaptive": "ppo_penalty",
     "fixed": "ppo_penalty --kl-coef 1 --no-adaptive",
+    "clip 3e-4": "ppo_continuous --learning-rate 3e-4",
+    "adaptive 3e-4": "ppo_penalty --learning-rate 3e-4 --num-minibatches 16",
 } | {f"target {target}": f"ppo_penalty --kl-target {target}" for target in TARGETS}
 TASKS = ["Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"]
 JOBS = [(f"target {target}", "HalfCheetah-v5", 1, 300_000) for target in TARGETS]
-JOBS += [
-    (variant, task, seed, 1_000_000)
-    for seed in (1, 2, 3)
-    for task in TASKS
-    for variant in ("adaptive", "clip", "fixed")
-]
+for seed in (1, 2, 3):
+    pairs = [(variant, task) for task in TASKS for variant in ("adaptive", "clip", "fixed")]
+    pairs += [("adaptive 3e-4", "Ant-v5"), ("clip 3e-4", "Ant-v5")]
+    JOBS += [(variant, task, seed, 1_000_000) for variant, task in pairs]
 
 
 @dataclass
