@@ -87,7 +87,7 @@ def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path
             time.sleep(0.01)
         while process.poll() is None and os.stat(killed / "checkpoint.pt").st_mtime_ns == before:
             time.sleep(0.01)  # a resumed run writes its checkpoint once more before it goes on
-        time.sleep(chance.uniform(0, duration / 6))
+        time.sleep(chance.uniform(0, duration / 10))
         assert process.poll() is None, f"ended before it was killed: {process.stdout.read().decode()}"
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
