@@ -94,14 +94,13 @@ def compare(rows: list[dict[str, str]]) -> None:
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         if row["what"] == "eval/episodic_return":
             evaluations[row["task"]][row["variant"]].append(float(row["value"]))
-    variants = ("clip", "adaptive", "fixed")
+    variants = ("clip", "adaptive", "fixed", "clip 3e-4", "adaptive 3e-4")
     print("| task | " + " | ".join(variants) + " |\n|-|" + "-|" * len(variants))
     for task, values in sorted(evaluations.items()):
-        cells = [
-            f"**{statistics.median(values[variant]):.0f}** ({', '.join(f'{x:.0f}' for x in values[variant])})"
-            for variant in variants
-            if values[variant]
-        ]
+        cells = []
+        for returns in (values[variant] for variant in variants):
+            each = ", ".join(f"{x:.0f}" for x in returns)
+            cells.append(f"**{statistics.median(returns):.0f}** ({each})" if returns else "-")
         print(f"| {task} | " + " | ".join(cells) + " |")
 
 
