@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -90,6 +91,12 @@ def small(ppo, run_dir: Path, **options):
         run_dir=str(run_dir),
     )
     return ppo.Args(**(defaults | options))
+
+
+def resumed(ppo, run_dir: Path, **changes):
+    """Goes on with a run in a later second: TensorBoard reads event files by the second in their names."""
+    time.sleep(1 - time.time() % 1)
+    return ppo.train(replace(ppo.load_args(run_dir), resume=str(run_dir), **changes))
 
 
 class Probe(gym.Env):

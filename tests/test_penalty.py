@@ -1,11 +1,10 @@
 """The KL penalty at work: the coefficient over iterations, its limits, the checkpoint, the objective."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from suite import curve, each_kind, scripts_with, small
+from suite import curve, each_kind, resumed, scripts_with, small
 
 penalty = scripts_with("update_kl_coef", "make_envs", among=each_kind.args[1])
 
@@ -110,7 +109,7 @@ class TestCoefficient:
         args = small(ppo, run_dir, kl_target=1e3)
         ppo.train(args)
         assert ppo.load_checkpoint(run_dir)["agent"]["kl_coef"].item() == 1 / 16
-        ppo.train(dataclasses.replace(args, resume=str(run_dir), total_timesteps=768))
+        resumed(ppo, run_dir, total_timesteps=768)
         assert [value for _, value in curve(run_dir)["charts/kl_coef"]] == [
             1,
             1 / 2,

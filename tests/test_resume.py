@@ -1,6 +1,5 @@
 """A run that was killed and resumed is the run that was not."""
 
-import dataclasses
 import io
 import os
 import pickle
@@ -13,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from suite import ROOT, SCRIPTS, control, curve, discrete, each_kind, small
+from suite import ROOT, SCRIPTS, control, curve, discrete, each_kind, resumed, small
 
 TIMED = {"charts/SPS"}  # the one metric that a clock decides
 
@@ -124,8 +123,7 @@ def test_resuming_in_process_is_exact_and_returns_the_whole_history(ppo, tmp_pat
     options |= dict(total_timesteps=6 * 512, num_steps=256)
     returns = ppo.train(small(ppo, tmp_path / "alone", **options))
     stopped_after(ppo, monkeypatch, small(ppo, tmp_path / "killed", **options), 4)
-    args = dataclasses.replace(ppo.load_args(tmp_path / "killed"), resume=str(tmp_path / "killed"))
-    assert ppo.train(args) == returns and len(returns) > 0
+    assert resumed(ppo, tmp_path / "killed") == returns and len(returns) > 0
     assert_same_run(ppo, tmp_path / "alone", tmp_path / "killed")
 
 
@@ -146,13 +144,12 @@ def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way
     options = dict(anneal_lr=False, eval_episodes=1)
     ppo.train(small(ppo, tmp_path / "long", total_timesteps=1024, **options))
     ppo.train(small(ppo, tmp_path / "short", total_timesteps=512, **options))
-    args = dataclasses.replace(ppo.load_args(tmp_path / "short"), resume=str(tmp_path / "short"))
-    ppo.train(dataclasses.replace(args, total_timesteps=1024))
+    resumed(ppo, tmp_path / "short", total_timesteps=1024)
     assert "schedules now follow this length" in capsys.readouterr().err
     long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
     assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
     with pytest.raises(ppo.UserError, match="--total-timesteps: a saved run keeps its own"):
-        ppo.train(args)
+        resumed(ppo, tmp_path / "short", total_timesteps=512)
 
 
 @control
@@ -161,7 +158,7 @@ def test_a_complete_run_resumed_says_so_evaluates_and_changes_nothing(ppo, run_d
     weights, points = ppo.load_checkpoint(run_dir), curve(run_dir)
     assert len(points["eval/episodic_return"]) == 1
     evaluation = capsys.readouterr().out.splitlines()[0]
-    assert ppo.train(dataclasses.replace(ppo.load_args(run_dir), resume=str(run_dir))) == returns
+    assert resumed(ppo, run_dir) == returns
     said = capsys.readouterr()
     assert "is complete" in said.err and said.out.splitlines()[0] == evaluation
     assert same(ppo.load_checkpoint(run_dir), weights) and curve(run_dir) == points
@@ -231,9 +228,8 @@ def test_a_checkpoint_is_at_any_moment_the_old_one_or_the_new(ppo, run_dir, monk
     ppo.train(small(ppo, run_dir))
     before = ppo.load_checkpoint(run_dir)
     monkeypatch.setattr(torch, "save", lambda thing, file: file.write(b"half a check") and 1 / 0)
-    args = dataclasses.replace(ppo.load_args(run_dir), resume=str(run_dir), total_timesteps=1024)
     with pytest.raises(ZeroDivisionError):
-        ppo.train(args)
+        resumed(ppo, run_dir, total_timesteps=1024)
     assert same(ppo.load_checkpoint(run_dir), before)
 
 

@@ -1,6 +1,5 @@
 """What a run leaves for TensorBoard is what README.md says, and a real server shows it."""
 
-import dataclasses
 import json
 import re
 import socket
@@ -10,7 +9,7 @@ import time
 import urllib.request
 
 import pytest
-from suite import ROOT, control, curve, probe, small
+from suite import ROOT, control, curve, probe, resumed, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -92,7 +91,7 @@ def test_tensorboard_servers_show_a_resumed_run_with_no_gap_and_no_point_twice(p
     with pytest.raises(KeyboardInterrupt):
         ppo.train(args)
     monkeypatch.undo()
-    ppo.train(dataclasses.replace(args, resume=args.run_dir))
+    resumed(ppo, tmp_path / "runs" / "one")
     servers = [serve(tmp_path / "runs", load_fast) for load_fast in ("true", "false")]
     try:
         for _, port in servers:
