@@ -120,6 +120,10 @@ class Args:
     """run folder whose saved agent plays, without training"""
 
     @property
+    def run_name(self) -> str:
+        return self.env_id.replace("/", "-").replace(":", "-")
+
+    @property
     def batch_size(self) -> int:
         return self.num_envs * self.num_steps
 
@@ -796,8 +800,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if checkpoint["iteration"] == args.num_iterations:
             print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
         return Path(args.resume), checkpoint
-    name = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(time.time())}")
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
     try:

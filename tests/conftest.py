@@ -1,4 +1,9 @@
+import os
+
 import pytest
+
+# pytest -n auto has a process for each core; before torch is imported, and for the scripts that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -37,6 +39,7 @@ def with_discrete_actions(path: Path):
     return module
 
 
+TIMED = {"charts/SPS", "charts/tokens_per_second"}  # metrics that a clock decides
 SCRIPTS = [load_module(path, path.stem) for path in sorted(ROOT.glob("ppo_*.py"))]
 KINDS = [*SCRIPTS, with_discrete_actions(ROOT / "ppo_penalty.py")]
 
@@ -97,6 +100,29 @@ def resumed(ppo, run_dir: Path, **changes):
     """Goes on with a run in a later second: TensorBoard reads event files by the second in their names."""
     time.sleep(1 - time.time() % 1)
     return ppo.train(replace(ppo.load_args(run_dir), resume=str(run_dir), **changes))
+
+
+def documented_metrics(section: str) -> dict[str, str]:
+    """The metrics table of README.md: tag -> what it is."""
+    text = (ROOT / "README.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
+
+
+def assert_golden(ppo, run_dir: Path) -> None:
+    """The metrics of a run are those in tests/golden. To accept a change: GOLDEN=write pytest -k golden."""
+    result = {
+        tag: [float(f"{value:.4g}") for _, value in points]
+        for tag, points in curve(run_dir).items()
+        if tag not in TIMED
+    }
+    path = ROOT / "tests" / "golden" / f"{ppo.__name__}.json"
+    if os.environ.get("GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    expected = json.loads(path.read_text())
+    assert result.keys() == expected.keys()
+    for tag, points in expected.items():
+        assert result[tag] == pytest.approx(points, rel=2e-3, abs=1e-6), tag
 
 
 class Probe(gym.Env):

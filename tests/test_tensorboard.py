@@ -9,15 +9,9 @@ import time
 import urllib.request
 
 import pytest
-from suite import ROOT, control, curve, probe, resumed, small
+from suite import control, curve, documented_metrics, probe, resumed, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-
-
-def documented_metrics(section: str) -> dict[str, str]:
-    """The metrics table of README.md: tag -> what it is."""
-    text = (ROOT / "README.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
 
 
 @control

@@ -1,13 +1,22 @@
 """What train() promises of every iteration, and the classical algorithms that PPO contains."""
 
-import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, SCRIPTS, Counter, control, curve, discrete, each_kind, probe, scripts_with, small
+from suite import (
+    SCRIPTS,
+    Counter,
+    assert_golden,
+    control,
+    curve,
+    discrete,
+    each_kind,
+    probe,
+    scripts_with,
+    small,
+)
 
 
 def spy(monkeypatch, ppo, name):
@@ -250,16 +259,4 @@ def test_nan_in_the_loss_stops_the_run_and_the_checkpoint_before_is_good(ppo, ru
 def test_the_golden_run_comes_out_as_it_did(ppo, run_dir):
     """A refactoring must not change results unnoticed. To accept a change: GOLDEN=write pytest -k golden."""
     ppo.train(small(ppo, run_dir, checkpoint_every=4, num_steps=256, total_timesteps=2048, seed=3))
-    result = {
-        tag: [float(f"{value:.4g}") for _, value in points]
-        for tag, points in curve(run_dir).items()
-        if tag != "charts/SPS"
-    }
-    path = ROOT / "tests" / "golden" / f"{ppo.__name__}.json"
-    if os.environ.get("GOLDEN") == "write":
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    expected = json.loads(path.read_text())
-    assert result.keys() == expected.keys()
-    for tag, points in expected.items():
-        assert result[tag] == pytest.approx(points, rel=2e-3, abs=1e-6), tag
+    assert_golden(ppo, run_dir)

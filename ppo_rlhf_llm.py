@@ -1,0 +1,1258 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "numpy>=2", "tyro>=1.0.17", "tensorboard>=2.18", "tqdm>=4.60"]
+# ///
+"""Reinforcement learning from human feedback (RLHF) with PPO: one file from end to end.
+
+    python ppo_rlhf_llm.py                                 all three stages, on two CPU cores
+    tensorboard --logdir runs                              shows them
+    python ppo_rlhf_llm.py --resume runs/NAME              goes on as if it had never stopped
+    python ppo_rlhf_llm.py --evaluate runs/NAME            compares the saved policy with the SFT model
+    python ppo_rlhf_llm.py --evaluate runs/NAME --generate "My kettle leaks."
+
+Stage 1, supervised fine-tuning (SFT): a language model learns to answer as the texts do. Stage 2, reward
+model: it learns from pairs of answers which one a labeller prefers. Stage 3, PPO: the language model learns
+to give answers that the reward model scores high, without leaving the SFT model far behind.
+With nothing downloaded: texts come from a small grammar, preferences from a labeller that follows rules.
+
+Papers: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347; RLHF, Ziegler et al. 2019,
+https://arxiv.org/abs/1909.08593; InstructGPT, Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+Read from top to bottom: options, maths, models, data, stages, train(); plumbing comes last.
+
+Left out: 1. adapters and quantisation; 2. an inference server; 3. sampling filters: what acts is what learns;
+4. best-of-n, DPO, GRPO: other algorithms.
+
+Shapes: N answers of an iteration, B of a minibatch, P tokens of the longest prompt, L of the longest answer,
+S = P + L, V tokens in the vocabulary, D numbers in a hidden state. Prompts are padded on the left and answers
+on the right, so that every answer begins in column P. Answer token t is drawn after column P + t - 1.
+(In functions shared with the other scripts T is L, and A is V.)
+"""
+
+import argparse
+import copy
+import dataclasses
+import io
+import math
+import os
+import random
+import re
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """RLHF: supervised fine-tuning, a reward model, then PPO against it under a KL penalty."""
+
+    total_episodes: int = 5120
+    """answers of stage 3 over the whole run"""
+    learning_rate: float = 2e-4
+    """Adam's step size in stage 3"""
+    batch_size: int = 64
+    """answers in one iteration of stage 3 (N)"""
+    answer_length: int = 56
+    """tokens after which an answer is cut off"""
+    anneal_lr: bool = True
+    """let the learning rate of stage 3 fall linearly to zero at its end"""
+    gamma: float = 1.0
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """bias against variance of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
+    num_minibatches: int = 4
+    """minibatches that each epoch cuts the N answers into; stages 1 and 2 have minibatches of that size"""
+    micro_batch_size: int | None = None
+    """answers (stage 2: pairs) in one pass that learns: for memory, the result is the same (None: all)"""
+    update_epochs: int = 2
+    """passes over the answers of an iteration"""
+    norm_adv: bool = True
+    """normalise the advantages of each iteration, over all its actions"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may go from one before its gradient stops (epsilon)"""
+    clip_vloss: bool = False
+    """clip the value loss too, by the same amount"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    max_grad_norm: float = 1.0
+    """largest L2 norm of the whole gradient (in stage 3 of actor and critic together)"""
+    target_kl: float | None = None
+    """stop the epochs at the first minibatch whose approx_kl, in nats per action, exceeds this"""
+    action_level: Literal["token", "sequence"] = "token"
+    """what an action is: a token, or a whole answer (one ratio, one reward, baseline V(prompt))"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """where the penalty goes: log(actor / reference) off each token's reward, or the exact KL to the loss"""
+    kl_coef: float = 0.1
+    """weight of KL(actor, reference) against the score, at the start (beta)"""
+    kl_target: float | None = 3.0
+    """KL(actor, reference) in nats per answer that kl_coef adapts to (None: kl_coef stays as it is)"""
+    kl_horizon: int = 500
+    """answers in which kl_coef can change by a fifth, if the KL is off its target by as much"""
+    loss_average: Literal["token", "answer"] = "token"
+    """what weighs the same in the loss: every token, or every answer, so that its tokens weigh 1/|y|"""
+    dense_reward: bool = False
+    """reward each token by what it adds to the score (else: the last one by the whole score)"""
+    eos_penalty: float = 1.0
+    """taken off the score of an answer that was cut off"""
+    ptx_coef: float = 0.0
+    """weight of the loss of stage 1, a mean over tokens, in stage 3 (gamma of InstructGPT)"""
+    shared_critic: bool = False
+    """make the critic a head on the actor's trunk (else: a model of its own, at first the reward model)"""
+    layers: int = 3
+    """blocks of the language model"""
+    heads: int = 4
+    """attention heads of each block"""
+    width: int = 96
+    """numbers in a hidden state (D)"""
+    context: int = 128
+    """longest text of the language model in tokens, prompt and answer together"""
+    num_texts: int = 6000
+    """texts of stage 1"""
+    sft_epochs: int = 2
+    """passes over the texts"""
+    sft_learning_rate: float = 2e-3
+    """Adam's step size in stage 1; it falls linearly to zero"""
+    num_pairs: int = 2500
+    """labelled pairs of stage 2"""
+    reward_model_epochs: int = 1
+    """passes over the pairs"""
+    reward_model_learning_rate: float = 5e-4
+    """Adam's step size in stage 2; it falls linearly to zero"""
+    eval_prompts: int = 200
+    """held-out prompts of the evaluation, at most 200"""
+    seed: int = 1
+    """seed of weights, texts, labels, shuffles and samples"""
+    cuda: bool = False
+    """learn on the GPU, in bfloat16 where it serves (autocast)"""
+    bf16: bool = False
+    """bfloat16 on the CPU, too: faster where the processor has it"""
+    run_dir: str | None = None
+    """folder of the run (None: runs/{run_name}__{script}__{seed}__{time})"""
+    checkpoint_every: int | None = None
+    """iterations of stage 3 between checkpoints (None: a tenth of it)"""
+    track: bool = False
+    """also log to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)"""
+    resume: str | None = None
+    """run folder to continue, with the options it was started with"""
+    evaluate: str | None = None
+    """run folder whose saved policy answers, without training"""
+    generate: str | None = None
+    """beside --evaluate: a prompt to answer, instead of the evaluation"""
+
+    @property
+    def run_name(self) -> str:
+        return "gpt"
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_episodes // self.batch_size
+
+    @property
+    def checkpoint_interval(self) -> int:
+        return self.checkpoint_every or max(1, self.num_iterations // 10)
+
+    def __post_init__(self) -> None:
+        limits = dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
+        limits |= dict.fromkeys(("vf_coef", "kl_coef", "ptx_coef", "eos_penalty"), (0, 1e6))
+        limits |= {name: (1e-12, 1) for name in vars(self) if name.endswith("learning_rate")}
+        limits |= {"seed": (0, math.inf), "batch_size": (2, math.inf), "num_pairs": (20, math.inf)}
+        limits |= {"eval_prompts": (2, HELD_OUT)}
+        for field in dataclasses.fields(self):
+            option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
+            types, kind = get_args(field.type) or (field.type,), type(value)
+            if get_origin(field.type) is Literal:
+                if value not in types:
+                    raise ValueError(f"{option} is {value!r}; it must be {' or '.join(types)}")
+                continue
+            if value == "" or (kind not in types and not (kind is int and float in types)):
+                names = " or ".join(t.__name__ for t in types)
+                raise ValueError(f"{option} is {value!r}; it must be {names}")
+            low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
+            if kind in (int, float) and not low <= value <= high:
+                raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
+        rows, parts = self.batch_size, self.num_minibatches
+        if rows % parts:
+            raise ValueError(f"--batch-size {rows} does not divide into --num-minibatches {parts}")
+        if self.width % self.heads:
+            raise ValueError(f"--width {self.width} does not divide into --heads {self.heads}")
+        if self.num_iterations == 0:
+            raise ValueError(f"--total-episodes is less than one iteration, --batch-size {self.batch_size}")
+        if self.kl_target is not None and (self.kl_coef == 0 or rows > self.kl_horizon):
+            raise ValueError(
+                f"--kl-target multiplies --kl-coef {self.kl_coef:g}, which may not be 0, and --kl-horizon "
+                f"{self.kl_horizon} may not be less than --batch-size {rows}; --kl-target None keeps kl_coef"
+            )
+        if self.resume and self.evaluate:
+            raise ValueError("--resume goes on training and --evaluate only answers: give one of them")
+        if self.generate and not self.evaluate:
+            raise ValueError("--generate needs --evaluate runs/NAME, the run whose policy answers")
+
+
+# ------------------------------------------------------------------------------------------ the maths
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    truncations: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Truncated generalised advantage estimation (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+
+    Row t is transition t, next_values[t] is V of its true successor. A termination is death: no future, so
+    no gamma * V(successor). A truncation (a time limit) is not: there is a future, only it was not played,
+    so V(successor) stands for it. After either another episode begins, from which no credit flows back.
+    """
+    terminations, truncations = terminations.bool(), truncations.bool()
+    deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
+    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
+    # T steps over N numbers each: numpy is several times faster here than tensors are on any device
+    deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
+    advantages, advantage = np.empty_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage  # eq. 11, as a recursion
+    advantages = torch.as_tensor(advantages, device=values.device)
+    return advantages, advantages + values
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x shifted and scaled to mean 0 and standard deviation 1."""
+    return (x - x.mean()) / (x.std() + 1e-8)
+
+
+def clipped_policy_loss(
+    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float
+) -> Tensor:
+    """Per-element -L^CLIP (PPO eq. 7), to minimise. All (B,); log-probabilities in nats."""
+    ratio = torch.exp(new_logprobs - old_logprobs)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+
+
+def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
+    """Per-element 0.5 * squared error, to minimise. All (B,); clip_coef None: not clipped.
+
+    not in the paper: moving farther than clip_coef from old_values gains nothing (openai/baselines).
+    """
+    loss = 0.5 * (new_values - returns) ** 2
+    if clip_coef is None:
+        return loss
+    clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
+    return torch.max(loss, 0.5 * (clipped_values - returns) ** 2)
+
+
+def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits) at the tokens, in nats. (B, L, V), (B, L) -> (B, L)."""
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def categorical_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(softmax(logits), softmax(ref_logits)) in nats, exact. (..., A), (..., A) -> (...)."""
+    logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+
+
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """r_t = score at the last token - kl_coef * log(actor / reference) (InstructGPT eq. 2). -> (B, L).
+
+    scores (B,), log-probabilities in nats and mask (B, L). Of the ways to estimate a KL from samples only
+    this one has the right gradient as a reward. Behind the last token rewards are 0.
+    """
+    last = mask.sum(1, keepdim=True) - 1
+    rewards = kl_coef * (ref_logprobs - logprobs) * mask
+    return rewards.scatter_add(1, last, scores.unsqueeze(1))
+
+
+def dense_rewards(prefix_scores: Tensor, mask: Tensor) -> Tensor:
+    """What each token adds to the score of the prefix; the sum is the score less that of the bare prompt.
+
+    prefix_scores (B, L + 1): of the prompt and of all beginnings of the answer; mask (B, L) -> (B, L).
+    """
+    return prefix_scores.diff(dim=1) * mask
+
+
+def preference_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """-log P(chosen is preferred), Bradley-Terry (InstructGPT eq. 1), mean over pairs. (B,), (B,) -> ()."""
+    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, episodes: int, horizon: int) -> float:
+    """The controller of Ziegler et al., section 2.2 -> the next coefficient. KL in nats per answer.
+
+    A KL that is off its target by a fifth or more changes the coefficient by a fifth in horizon episodes.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return min(max(kl_coef * (1 + error * episodes / horizon), 1e-6), 1e6)
+
+
+def action_weights(mask: Tensor, average: str) -> Tensor:
+    """What each element weighs in a masked mean; the weights sum to 1. mask (B, L) -> (B, L).
+
+    "token": all tokens the same; "answer": all answers the same, so that their tokens weigh 1/|y|.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    return mask / (mask.sum() if average == "token" else lengths * len(mask))
+
+
+def per_action(x: Tensor, mask: Tensor, action_level: str) -> Tensor:
+    """Log-probabilities, rewards or KL of tokens (B, L) -> of actions: the same, or their sums (B, 1)."""
+    return x if action_level == "token" else (x * mask).sum(1, keepdim=True)
+
+
+def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """KL(old, new) in nats from samples of old: mean of (r - 1) - log r, r = new / old; never negative.
+
+    Estimator k3 of http://joschu.net/blog/kl-approx.html.
+    """
+    logratio = new_logprobs - old_logprobs
+    return (torch.expm1(logratio) - logratio).mean()
+
+
+def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) -> Tensor:
+    """Share of the ratios that lie outside 1 - clip_coef to 1 + clip_coef."""
+    return ((torch.exp(new_logprobs - old_logprobs) - 1).abs() > clip_coef).float().mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 as good as a constant. (B,), (B,) -> ()."""
+    return 1 - (returns - values).var() / returns.var()
+
+
+# ------------------------------------------------------------------------------------------- the models
+
+
+class ByteTokenizer:
+    """UTF-8: every text in every language is a row of bytes; an end and a padding token besides."""
+
+    eos_token_id, pad_token_id, size = 256, 257, 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each normalised first and added to the stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, allowed: Tensor, past: tuple | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Stream (B, S, D), keys that each query may see -> (stream, keys and values of this block)."""
+        parts = self.query_key_value(self.attention_norm(x)).chunk(3, -1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if past is not None:
+            key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x)))), (key, value)
+
+
+class Transformer(nn.Module):
+    """The trunk of a GPT; called as one of the transformers library is."""
+
+    def __init__(self, vocabulary: int, positions: int, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(positions, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():  # weights as in GPT-2
+            if parameter.dim() == 2:
+                residual = name.endswith(("attention_out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: list | None = None,
+    ) -> SimpleNamespace:
+        """Tokens (B, S), mask (B, C + S), cache of the C tokens before -> states (B, S, D), longer cache."""
+        rows = torch.arange(attention_mask.shape[1], device=input_ids.device)
+        new = rows[-input_ids.shape[1] :].unsqueeze(1)
+        # no token sees the future or padding; padding sees itself, for a softmax over nothing is nan
+        allowed = ((rows <= new) & attention_mask[:, None, None].bool()) | (rows == new)
+        x = self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        cache = []
+        for i, block in enumerate(self.blocks):
+            x, keys_and_values = block(x, allowed, past_key_values and past_key_values[i])
+            cache.append(keys_and_values)
+        return SimpleNamespace(last_hidden_state=self.norm(x), past_key_values=cache)
+
+
+class GPT(nn.Module):
+    """A causal language model; called as one of the transformers library is."""
+
+    def __init__(self, vocabulary: int, positions: int, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.base_model = Transformer(vocabulary, positions, layers, heads, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0):
+        """As Transformer, and the logits (B, logits_to_keep or S, V) of the next tokens."""
+        output = self.base_model(input_ids, attention_mask, position_ids, past_key_values)
+        output.logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        return output
+
+
+def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
+    """Tokens (B, S), attention (B, S): 0 for padding -> last hidden states (B, S, D)."""
+    # positions count from the first real token: padding on the left must not shift what comes after
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    return trunk(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
+
+
+def one_number(head: nn.Linear, states: Tensor) -> Tensor:
+    """Hidden states (B, S, D) -> (B, S). A matrix product would be rounded under autocast; a sum is not."""
+    return (states.float() * head.weight).sum(-1) + head.bias
+
+
+class ScalarModel(nn.Module):
+    """A number for each beginning of a text: a reward model (read at the last token), or a critic."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(width, 1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))  # as Ziegler et al.
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """Tokens (B, S), attention (B, S) -> (B, S): number s is for the text up to token s."""
+        return one_number(self.head, hidden_states(self.trunk, ids, attention))
+
+
+class Models(nn.Module):
+    """The four models of RLHF, without dropout (it would make another ratio than one), and beta."""
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        self.args, self.tokenizer = args, ByteTokenizer()
+        self.bf16 = args.bf16 or args.cuda
+        self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
+        self.reference = copy.deepcopy(self.actor).requires_grad_(False)  # the SFT model, once there is one
+        self.reward = ScalarModel(copy.deepcopy(self.actor.base_model), args.width)
+        self.critic = nn.Linear(args.width, 1) if args.shared_critic else copy.deepcopy(self.reward)
+        self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
+        self.eval()
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 if the user asked for it; losses and weights stay in float32."""
+        return torch.autocast(self.kl_coef.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def policy(self, ids: Tensor, attention: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Before each of the last L tokens: logits (B, L, V) and hidden states (B, L, D) of the actor."""
+        states = hidden_states(self.actor.base_model, ids, attention)[:, -length - 1 : -1]
+        return self.actor.lm_head(states).float(), states
+
+    def value(self, ids: Tensor, attention: Tensor, states: Tensor) -> Tensor:
+        """V before each of the last tokens, (B, L); states (B, L, D) are the actor's there."""
+        if self.args.shared_critic:
+            return one_number(self.critic, states)
+        return self.critic(ids, attention)[:, -states.shape[1] - 1 : -1]
+
+
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
+    sizes = [math.ceil(parameter.numel() / 16) * 16 for parameter in model.parameters()]  # 64-byte alignment
+    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device, requires_grad=True)
+    weights.grad = torch.zeros_like(weights)
+    views = zip(model.parameters(), weights.data.split(sizes), weights.grad.split(sizes), strict=True)
+    for parameter, weight, gradient in views:
+        weight[: parameter.numel()] = parameter.data.flatten()
+        parameter.data = weight[: parameter.numel()].view_as(parameter)
+        parameter.grad = gradient[: parameter.numel()].view_as(parameter)
+    return weights
+
+
+# --------------------------------------------------------------------------------------------- the data
+
+
+# fmt: off
+HELD_OUT = 200  # prompts
+ITEMS = ["lamp", "kettle", "tent", "chair", "phone", "radio", "bike", "clock", "camera", "jacket", "teapot",
+         "scooter", "mirror", "basket", "drill", "piano"]
+PROBLEMS = {"broke": "repair", "leaks": "repair", "makes noise": "repair", "never came": "resend",
+            "was lost": "resend", "is too small": "exchange", "is the wrong colour": "exchange",
+            "came late": "refund", "cost twice": "refund"}  # and what helps
+ASKS = ["My {item} {problem}.", "Help! The {item} {problem}.", "Hi, my {item} {problem}. What now?",
+        "{item} {problem}"]
+OPENINGS = ["", "", "", "Sorry! ", "I am sorry. ", "We apologise. ", "Oh. ", "Not again! ", "So what? "]
+OFFERS = ["We {remedy} {it}.", "I will {remedy} {it}.", "Let us {remedy} {it}."]
+REFUSALS = ["Read the manual.", "That is your fault.", "We sell {item}s.", "Nobody is here.", "Ask later.",
+            "Hm, a {item}."]
+CLOSINGS = ["", "", " Thank you!", " Goodbye.", " Call us."]
+# fmt: on
+REMEDIES = sorted(set(PROBLEMS.values()))
+RUDE = ("So what", "Not again", "fault", "Nobody")
+PHRASES = " ".join(OPENINGS + OFFERS + REFUSALS + CLOSINGS).lower()
+WORDS = {*re.findall("[a-z]+", PHRASES), *ITEMS, *(item + "s" for item in ITEMS), *REMEDIES}
+WORDS |= {"it", "that", "the", "your"}
+
+
+@dataclass
+class Data:
+    """What the stages learn from and are judged by. To use your own: the one function below to replace."""
+
+    texts: list[tuple[str, str]]  # prompts and answers, for stage 1 and for ptx
+    prompts: list[str]  # for stages 2 and 3
+    held_out_texts: list[tuple[str, str]]  # for evaluations: other prompts than above
+    labeller: Callable[[str, str], float]  # (prompt, answer) -> how good it is: the "gold" score
+
+
+def built_in_data(args: Args) -> Data:
+    """A help desk: customers complain, and answers are of every kind."""
+    draw = random.Random(derive_seed(args.seed, 0))
+
+    def answer(item: str, problem: str) -> str:
+        remedy = PROBLEMS[problem] if draw.random() < 0.4 else draw.choice(REMEDIES)
+        it = draw.choice(["it", "that", f"the {item}", f"your {item}"])
+        offer = draw.choice(OFFERS).format(remedy=remedy, it=it)
+        refusal = draw.choice(REFUSALS).format(item=item if draw.random() < 0.7 else draw.choice(ITEMS))
+        return draw.choice(OPENINGS) + draw.choice([offer, refusal]) + draw.choice(CLOSINGS)
+
+    cases = [(ask, item, problem) for ask in ASKS for item in ITEMS for problem in PROBLEMS]
+    draw.shuffle(cases)
+
+    def text(case: tuple[str, str, str]) -> tuple[str, str]:
+        ask, item, problem = case
+        return ask.format(item=item, problem=problem) + "\n", answer(item, problem)
+
+    held_out, others = cases[:HELD_OUT], cases[HELD_OUT:]
+    texts = [text(draw.choice(others)) for _ in range(args.num_texts)]
+    return Data(texts, [text(case)[0] for case in others], [text(case) for case in held_out], gold_score)
+
+
+def gold_score(prompt: str, answer: str) -> float:
+    """What the labeller likes: regret, the thing by its name, what helps, thanks; no rudeness, few words."""
+    words = re.findall("[a-z]+", answer.lower())
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+", answer)]
+    item = next((item for item in ITEMS if item in prompt), "it")
+    helps = next((remedy for problem, remedy in PROBLEMS.items() if problem in prompt), "")
+    offers = [remedy for remedy in REMEDIES if remedy in words]
+    score = 1.5 * (item in words) + 2.0 * bool(offers) + 1.5 * (helps in offers) + 1.0 * ("thank" in words)
+    score += 2.0 * ("sorry" in words or "apologise" in words)
+    score -= 1.0 * max(len(offers) - 1, 0)
+    score -= 2.0 * sum(phrase in answer for phrase in RUDE)
+    score -= 1.0 * sum(word not in WORDS for word in words)
+    return score - 2.0 * (len(sentences) - len(set(sentences))) - 0.02 * len(answer)
+
+
+def derive_seed(*key: int) -> int:
+    """A 32-bit seed from a tuple of numbers; other tuples, of other lengths too, give unrelated seeds."""
+    return int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1)[0])
+
+
+def encode(models: Models, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers as tokens; an answer has an end, which is to be learned like the rest of it."""
+    args, tokenizer = models.args, models.tokenizer
+    rows = [(tokenizer.encode(p), [*tokenizer.encode(a), tokenizer.eos_token_id]) for p, a in texts]
+    if not all(prompt for prompt, _ in rows):
+        raise UserError("a prompt is empty")
+    longest = max(len(prompt) + max(len(answer), args.answer_length) for prompt, answer in rows)
+    if longest > args.context:
+        raise UserError(f"prompt and answer have up to {longest} tokens, and --context is {args.context}")
+    return rows
+
+
+def join(models: Models, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> tuple[Tensor, ...]:
+    """Prompts and answers as tokens -> ids (B, S), attention (B, S), mask of the answers' tokens (B, L)."""
+    start, length = max(map(len, prompts)), max(map(len, answers))
+    ids = torch.full((len(prompts), start + length), models.tokenizer.pad_token_id)
+    attention = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        columns = slice(start - len(prompt), start + len(answer))
+        ids[row, columns], attention[row, columns] = torch.tensor(prompt + answer), 1
+    device = models.kl_coef.device
+    return ids.to(device), attention.to(device), attention[:, start:].bool().to(device)
+
+
+@torch.no_grad()
+def generate(models: Models, model: GPT, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples an answer to each prompt -> ids, attention (B, S), mask, log-probabilities (B, L).
+
+    Temperature 1 and no filter: what is sampled is what is trained, or the first ratio would not be one.
+    """
+    tokenizer = models.tokenizer
+    tokens, attention, _ = join(models, [tokenizer.encode(prompt) for prompt in prompts], [[]] * len(prompts))
+    ids, positions, cache = [tokens], (attention.cumsum(1) - 1).clamp(min=0), None
+    alive, mask, logprobs = torch.ones_like(tokens[:, :1], dtype=torch.bool), [], []
+    for _ in range(models.args.answer_length):
+        with models.autocast():
+            output = model(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+        log_policy, cache = output.logits[:, -1].float().log_softmax(-1), output.past_key_values
+        tokens = torch.multinomial(log_policy.exp(), 1)
+        logprobs.append(log_policy.gather(1, tokens))
+        ids.append(tokens.masked_fill(~alive, tokenizer.pad_token_id))
+        mask.append(alive)
+        attention, positions = torch.cat((attention, alive.to(attention.dtype)), 1), positions[:, -1:] + 1
+        alive = alive & (tokens != tokenizer.eos_token_id)
+        if not alive.any():  # synchronises with the GPU
+            break
+    return torch.cat(ids, 1), attention, torch.cat(mask, 1), torch.cat(logprobs, 1)
+
+
+def decode(models: Models, ids: Tensor, mask: Tensor) -> list[str]:
+    """The answers as text. ids (B, S), mask (B, L)."""
+    answers = ids[:, -mask.shape[1] :]
+    return [models.tokenizer.decode(row[kept].tolist()) for row, kept in zip(answers, mask, strict=True)]
+
+
+def finished_answers(models: Models, ids: Tensor, mask: Tensor) -> Tensor:
+    """Which answers came to their end and were not cut off, (B,). ids (B, S), mask (B, L)."""
+    return ((ids[:, -mask.shape[1] :] == models.tokenizer.eos_token_id) & mask).any(1)
+
+
+def at_end(prefix_scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores of whole answers (B,): prefix_scores (B, L + 1) at the last token of each; mask (B, L)."""
+    return prefix_scores.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+
+
+# ----------------------------------------------------------------------------------- stages 1 and 2
+
+
+def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, ...]]:
+    """Rows (B, ...), shuffled anew for each of the epochs and cut into minibatches of this size."""
+    for _ in range(epochs):
+        shuffle = torch.randperm(len(rows[0]), device=rows[0].device)
+        yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
+
+
+def clip_gradient(weights: Tensor, max_grad_norm: float) -> Tensor:
+    """Scales the whole gradient down to at most this L2 norm -> its norm before."""
+    grad_norm = weights.grad.norm()
+    weights.grad.mul_((max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
+    return grad_norm
+
+
+def lm_loss(models: Models, texts: list[tuple[list[int], list[int]]]) -> Tensor:
+    """-log p(answers | prompts) of the actor, in nats, as a sum over all tokens of the answers."""
+    ids, attention, mask = join(models, *zip(*texts, strict=True))
+    with models.autocast():
+        logits, _ = models.policy(ids, attention, mask.shape[1])
+    return -(gather_logprobs(logits, ids[:, -mask.shape[1] :]) * mask).sum()
+
+
+def score_pairs(models: Models, pairs: list[tuple[list[int], list[int], list[int]]]) -> Tensor:
+    """Scores of the reward model for (prompt, chosen, rejected) -> (2, B): of the chosen, of the rejected."""
+    prompts, chosen, rejected = zip(*pairs, strict=True)
+    ids, attention, mask = join(models, prompts * 2, chosen + rejected)
+    with models.autocast():
+        scores = at_end(models.reward(ids, attention)[:, -mask.shape[1] - 1 :], mask)
+    return scores.view(2, -1)
+
+
+def pair_loss(models: Models, pairs: list[tuple[list[int], list[int], list[int]]]) -> Tensor:
+    """preference_loss as a sum over the pairs."""
+    return preference_loss(*score_pairs(models, pairs)) * len(pairs)
+
+
+def chunks(rows: Sequence, size: int) -> Iterator[Sequence]:
+    """Rows in groups of at most this size."""
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def accumulate(models: Models, loss_sum: Callable, rows: list, weight: float = 1.0) -> Tensor:
+    """Adds the gradient of weight times the mean loss of rows, a micro-batch at a time -> that loss.
+
+    One denominator serves all rows: a mean of micro-batch means would weigh their tokens by chance.
+    """
+    total, count = 0.0, sum(len(answer) for _, answer in rows) if loss_sum is lm_loss else len(rows)
+    for part in chunks(rows, models.args.micro_batch_size or len(rows)):
+        loss = weight / count * loss_sum(models, part)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def fit(
+    models: Models,
+    model: nn.Module,
+    loss_sum: Callable,
+    rows: list,
+    stage: str,
+    writer: SummaryWriter,
+    step: int,
+) -> int:
+    """Ordinary supervised learning, as the options named for the stage say -> the next step."""
+    args, weights = models.args, flatten_parameters(model)
+    rate, epochs = getattr(args, f"{stage}_learning_rate"), getattr(args, f"{stage}_epochs")
+    optimizer = torch.optim.Adam([weights], lr=rate, fused=True)
+    seen, total = 0, epochs * len(rows)
+    progress = tqdm(desc=stage, total=total, unit=" rows", bar_format=PROGRESS)
+    for (mb,) in minibatches([torch.arange(len(rows))], args.minibatch_size, epochs):
+        optimizer.param_groups[0]["lr"] = rate * (1 - seen / total)
+        weights.grad.zero_()
+        loss = accumulate(models, loss_sum, [rows[i] for i in mb.tolist()])
+        clip_gradient(weights, args.max_grad_norm)
+        optimizer.step()
+        progress.set_postfix_str(f"loss {loss:.2f}")
+        progress.update(len(mb))
+        seen += len(mb)
+        check_finite(Path(writer.log_dir), step + seen, loss=loss)
+        writer.add_scalar(f"{stage}/loss", loss, step + seen)
+    progress.close()
+    return step + total
+
+
+def fine_tune(models: Models, data: Data, writer: SummaryWriter) -> int:
+    """Stage 1: the actor learns to answer as the texts do, and becomes the reference -> the next step."""
+    rows, held_out = encode(models, data.texts), encode(models, data.held_out_texts)
+    step = fit(models, models.actor, lm_loss, rows, "sft", writer, 0)
+    models.reference.load_state_dict(models.actor.state_dict())
+    with torch.no_grad():
+        losses = [lm_loss(models, part) for part in chunks(held_out, models.args.batch_size)]
+    loss = sum(losses).item() / sum(len(answer) for _, answer in held_out)
+    writer.add_scalar("sft/held_out_loss", loss, step)
+    prompts = [prompt for prompt, _ in data.held_out_texts[:3]]
+    ids, _, mask, _ = generate(models, models.reference, prompts)
+    print(f"SFT: {loss:.3f} nats per token of held-out texts; it says", decode(models, ids, mask))
+    return step
+
+
+@torch.no_grad()
+def sample_pairs(models: Models, prompts: list[str], labeller: Callable) -> tuple[list[tuple], float]:
+    """Two answers of the SFT model to each prompt -> (prompt, chosen, rejected) as tokens, and the ceiling.
+
+    People err: the better one is chosen with the probability sigmoid(difference), as Bradley-Terry has it.
+    The ceiling is how often one would agree who knows the labeller's scores, but not its errors.
+    """
+    pairs, ceiling = [], 0.0
+    for asked in chunks(prompts, models.args.batch_size):
+        ids, _, mask, _ = generate(models, models.reference, asked * 2)
+        texts, answers = decode(models, ids, mask), ids[:, -mask.shape[1] :]
+        tokens = [answer[kept].tolist() for answer, kept in zip(answers, mask, strict=True)]
+        for i, prompt in enumerate(asked):
+            j = i + len(asked)
+            difference = labeller(prompt, texts[i]) - labeller(prompt, texts[j])
+            likely = torch.tensor(difference, dtype=torch.float64).sigmoid().item()
+            ceiling += max(likely, 1 - likely) / len(prompts)
+            chosen, rejected = (i, j) if torch.rand(()) < likely else (j, i)
+            pairs.append((models.tokenizer.encode(prompt), tokens[chosen], tokens[rejected]))
+    return pairs, ceiling
+
+
+def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -> int:
+    """Stage 2: the reward model learns what the labeller prefers; the critic is its copy -> the next step."""
+    args = models.args
+    models.reward.trunk.load_state_dict(models.reference.base_model.state_dict())
+    prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.num_pairs,)).tolist()]
+    pairs, _ = sample_pairs(models, prompts, data.labeller)
+    held_out, ceiling = sample_pairs(models, [prompt for prompt, _ in data.held_out_texts] * 2, data.labeller)
+    step = fit(models, models.reward, pair_loss, pairs, "reward_model", writer, step)
+    with torch.no_grad():
+        scores = torch.cat([score_pairs(models, part) for part in chunks(held_out, args.batch_size)], 1)
+        # mean 0 and deviation 1 on answers of the SFT model, so that kl_coef means the same in every run
+        models.reward.head.weight.div_(scores.std())
+        models.reward.head.bias.sub_(scores.mean()).div_(scores.std())
+    if not args.shared_critic:
+        models.critic.load_state_dict(models.reward.state_dict())
+    accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie is half right
+    writer.add_scalar("reward_model/accuracy", accuracy, step)
+    print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices (ceiling {ceiling:.1%})")
+    return step
+
+
+# ---------------------------------------------------------------------------------------- the algorithm
+
+
+@torch.no_grad()
+def assess(models: Models, ids: Tensor, attention: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """What reward model, critic, actor and reference make of answers (N, S), a micro-batch at a time.
+
+    -> scores of all prefixes (N, L + 1); values, log-probabilities by the actor and by the reference, exact
+    KL(actor, reference), entropy of the actor, (N, L) each; hidden states of the reference (N, L, D).
+    """
+    parts, length = [], mask.shape[1]
+    size = models.args.micro_batch_size or models.args.minibatch_size
+    for part in zip(ids.split(size), attention.split(size), strict=True):
+        with models.autocast():
+            prefix_scores = models.reward(*part)[:, -length - 1 :]
+            logits, states = models.policy(*part, length)
+            values = models.value(*part, states)
+            ref_states = hidden_states(models.reference.base_model, *part)[:, -length - 1 : -1]
+            ref_logits = models.reference.lm_head(ref_states).float()
+        logprobs, ref_logprobs = (gather_logprobs(x, part[0][:, -length:]) for x in (logits, ref_logits))
+        log_policy = logits.log_softmax(-1)
+        entropy = -(log_policy.exp() * log_policy).sum(-1)
+        kl = categorical_kl(logits, ref_logits)
+        parts.append((prefix_scores, values, logprobs, ref_logprobs, kl, entropy, ref_states))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -> tuple[Tensor, Tensor]:
+    """Adds the gradient of the loss of a minibatch -> (policy loss, value loss, KL), new log-probabilities.
+
+    kl_coef is for the exact KL in the loss. The weights have one denominator for the whole minibatch, so
+    cutting it into micro-batches changes nothing but the memory.
+    """
+    args, all_masks, all_advantages = models.args, minibatch[2], minibatch[6]
+    weights = action_weights(all_masks[:, : all_advantages.shape[1]], args.loss_average)
+    clip_vloss = args.clip_coef if args.clip_vloss else None
+    size, parts, all_logprobs = args.micro_batch_size or len(weights), [], []
+    for part in zip(*(x.split(size) for x in (*minibatch, weights)), strict=True):
+        ids, attention, mask, ref_states, old_logprobs, old_values, advantages, returns, weight = part
+        with models.autocast():
+            logits, states = models.policy(ids, attention, mask.shape[1])
+            new_values = models.value(ids, attention, states)[:, : weight.shape[1]]
+            ref_logits = models.reference.lm_head(ref_states).float() if kl_coef else logits
+        new_logprobs = gather_logprobs(logits, ids[:, -mask.shape[1] :])
+        kl = categorical_kl(logits, ref_logits) if kl_coef else torch.zeros_like(new_logprobs)
+        new_logprobs, kl = (per_action(x, mask, args.action_level) for x in (new_logprobs, kl))
+        columns = (weight, new_logprobs, old_logprobs, advantages, new_values, old_values, returns, kl)
+        w, logp, old_logp, advantage, value, old_value, target, kl = (x[weight > 0] for x in columns)
+        policy_loss = (w * clipped_policy_loss(logp, old_logp, advantage, args.clip_coef)).sum()
+        critic_loss = (w * value_loss(value, old_value, target, clip_vloss)).sum()
+        mean_kl = (w * kl).sum()
+        loss = policy_loss + args.vf_coef * critic_loss + kl_coef * mean_kl
+        loss.backward()
+        parts.append(torch.stack((policy_loss, critic_loss, mean_kl)).detach())
+        all_logprobs.append(new_logprobs.detach())
+    return torch.stack(parts).sum(0), torch.cat(all_logprobs)
+
+
+def train(args: Args) -> list[dict[str, float]]:
+    """The three stages. Returns the metrics of each iteration of stage 3."""
+    device, data = set_up_torch(args), built_in_data(args)
+    torch.manual_seed(derive_seed(args.seed))
+    models = Models(args).to(device)
+    texts, _ = encode(models, data.texts), encode(models, data.held_out_texts)
+    encode(models, [(prompt, "") for prompt in data.prompts])  # refuses what is too long
+    run_dir, checkpoint = open_run(args)
+    stage, first_iteration, step, history = 0, 0, 0, []  # step counts the texts that all stages have seen
+    if checkpoint:
+        stage, first_iteration = checkpoint["stage"], checkpoint["iteration"]
+        step, history = checkpoint["step"], checkpoint["history"]
+        models.load_state_dict(checkpoint["models"])
+    writer = open_writer(args, run_dir, resumed_at=step if checkpoint else None)
+    if stage == 0:
+        save_checkpoint(run_dir, args, models, None, history, stage=0, iteration=0, step=0)
+        torch.manual_seed(derive_seed(args.seed, 1))
+        stage, step = 1, fine_tune(models, data, writer)
+        writer.flush()
+        save_checkpoint(run_dir, args, models, None, history, stage=1, iteration=0, step=step)
+    if stage == 1:
+        torch.manual_seed(derive_seed(args.seed, 2))
+        stage, step = 2, learn_reward(models, data, writer, step)
+        writer.flush()
+        save_checkpoint(run_dir, args, models, None, history, stage=2, iteration=0, step=step)
+
+    check_models(models, data.prompts[:8], fresh=first_iteration == 0)
+    learners = nn.ModuleList([models.actor, models.critic])
+    weights = flatten_parameters(learners)
+    # epsilon 1e-5 is TensorFlow's, as in Ziegler et al.; with 1e-8 the first KLs are several times higher
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    if checkpoint and checkpoint["optimizer"]:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    first_step = step - first_iteration * args.batch_size
+    progress = tqdm(
+        desc="stage 3, PPO",
+        initial=first_iteration * args.batch_size,
+        total=args.num_iterations * args.batch_size,
+        unit=" answers",
+        bar_format=PROGRESS,
+    )
+
+    for iteration in range(first_iteration, args.num_iterations):
+        started, step = time.perf_counter(), first_step + (iteration + 1) * args.batch_size
+        if iteration % args.checkpoint_interval == 0 and iteration > first_iteration:
+            save_checkpoint(run_dir, args, models, optimizer, history, 2, iteration, step - args.batch_size)
+        # everything random in an iteration follows from (seed, iteration), so a resumed run equals one that
+        # never stopped
+        torch.manual_seed(derive_seed(args.seed, 3, iteration))
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
+
+        # 1. collect: the actor answers; then score, value, log-probabilities of actor and reference. (Those
+        # of the sampling are not used: a cache rounds differently, and the first ratio would not be one.)
+        prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.batch_size,)).tolist()]
+        ids, attention, mask, _ = generate(models, models.actor, prompts)
+        prefix_scores, values, logprobs, ref_logprobs, kl, entropy, ref_states = assess(
+            models, ids, attention, mask
+        )
+        scores, kl_coef = at_end(prefix_scores, mask), models.kl_coef.item()
+        finished = finished_answers(models, ids, mask)
+
+        # 2. advantages: rewards of tokens; from these of actions, tokens or whole answers; then GAE. After
+        # the last action nothing follows, whether the answer is finished or not: a termination.
+        in_reward, in_loss = (kl_coef if args.kl_in == place else 0.0 for place in ("reward", "loss"))
+        at_last = -args.eos_penalty * (~finished).float() + (0.0 if args.dense_reward else scores)
+        rewards = token_rewards(at_last, logprobs, ref_logprobs, mask, in_reward)
+        if args.dense_reward:
+            rewards = rewards + dense_rewards(prefix_scores, mask)
+        rewards, old_logprobs = (per_action(x, mask, args.action_level) for x in (rewards, logprobs))
+        num_actions = rewards.shape[1]
+        acted, old_values = mask[:, :num_actions], values[:, :num_actions]
+        next_values, next_acted = (F.pad(x[:, 1:], (0, 1)) for x in (old_values, acted))
+        by_time = [x.T for x in (rewards, old_values, next_values, ~next_acted, torch.zeros_like(acted))]
+        advantages, returns = (x.T for x in compute_gae(*by_time, args.gamma, args.gae_lambda))
+        if args.norm_adv:
+            # the KL in the loss is divided, too, so that kl_coef means the same in both places
+            in_loss /= advantages[acted].std().item() + 1e-8
+            advantages = advantages.masked_scatter(acted, normalize(advantages[acted]))
+        batch = (ids, attention, mask, ref_states, old_logprobs, old_values, advantages, returns)
+
+        # 3. epochs: passes over the shuffled answers, in one flat loop, so that one break ends them all
+        losses, ptx_losses, logprob_pairs = [], [], []
+        for minibatch in minibatches(batch, args.minibatch_size, args.update_epochs):
+            weights.grad.zero_()
+            parts, new_logprobs = add_gradients(models, minibatch, in_loss)
+            if args.ptx_coef:
+                some = [texts[i] for i in torch.randint(len(texts), (args.minibatch_size,)).tolist()]
+                ptx_losses.append(accumulate(models, lm_loss, some, args.ptx_coef))
+            grad_norm = clip_gradient(weights, args.max_grad_norm)
+            losses.append(torch.cat((parts, grad_norm.unsqueeze(0))))
+            mb_acted = minibatch[2][:, :num_actions]
+            logprob_pairs.append((new_logprobs[mb_acted], minibatch[4][mb_acted]))
+            if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
+                break
+            optimizer.step()
+        answer_kl = (kl * mask).sum(1).mean().item()
+        if args.kl_target is not None:
+            models.kl_coef.fill_(
+                adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
+            )
+
+        # 4. log: losses over every minibatch of the iteration, the rest over its answers
+        policy_loss, critic_loss, loss_kl, grad_norm = torch.stack(losses).mean(0)
+        check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
+        new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
+        gold = [data.labeller(*x) for x in zip(prompts, decode(models, ids, mask), strict=True)]
+        scalars = {
+            "rlhf/score": scores.mean(),
+            "rlhf/gold": np.mean(gold),
+            "rlhf/kl": answer_kl,
+            "rlhf/response_length": mask.sum(1).float().mean(),
+            "rlhf/finished": finished.float().mean(),
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": critic_loss,
+            "losses/entropy": entropy[mask].mean(),
+            "losses/approx_kl": approx_kl(new, old),
+            "losses/clipfrac": clip_fraction(new, old, args.clip_coef),
+            "losses/explained_variance": explained_variance(old_values[acted], returns[acted]),
+            "losses/grad_norm": grad_norm,
+            "charts/kl_coef": kl_coef,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        if args.kl_in == "loss":
+            scalars["losses/kl"] = loss_kl
+        if args.ptx_coef:
+            scalars["losses/ptx_loss"] = torch.stack(ptx_losses).mean() / args.ptx_coef
+        history.append({tag: float(value) for tag, value in scalars.items()})
+        speed = mask.sum().item() / (time.perf_counter() - started)
+        for tag, value in (history[-1] | {"charts/tokens_per_second": speed}).items():
+            writer.add_scalar(tag, value, step)
+        writer.flush()  # before any checkpoint: a resumed run can drop surplus events, not restore lost ones
+        progress.set_postfix_str(f"score {scores.mean():.2f}, KL {answer_kl:.1f}, {speed:.0f} tokens/s")
+        progress.update(args.batch_size)
+
+    progress.close()
+    save_checkpoint(run_dir, args, models, optimizer, history, 2, args.num_iterations, step)
+    metrics, rows = evaluate(models, data)
+    for tag, value in metrics.items():
+        # one step later than the checkpoint, so that a run resumed here drops it and writes it again
+        writer.add_scalar(tag, value, step + 1)
+    table = "|prompt|SFT|PPO|SFT reward|PPO reward|SFT gold|PPO gold|\n|-|-|-|-|-|-|-|\n"
+    cells = [[x if isinstance(x, str) else f"{x:.2f}" for x in row] for row in rows[:20]]
+    table += "\n".join(
+        "|" + "|".join(" ".join(c.replace("|", "/").split()) for c in row) + "|" for row in cells
+    )
+    writer.add_text("answers", table, step + 1)
+    writer.close()
+    print(f"run: {run_dir}")
+    return history
+
+
+# ---------------------------------------------------------------------------------------- the plumbing
+
+
+SCRIPT, FORMAT = "ppo_rlhf_llm", 1  # what a checkpoint says of itself
+PROGRESS = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
+FREE_OPTIONS = {"resume", "evaluate", "generate", "eval_prompts", "track"}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; main() tells it in one line and exits with code 2."""
+
+
+def check_trap(trap: str, difference: Tensor, limit: float = 1e-3) -> None:
+    """Stops the run where something differs that should not, and says which trap it has fallen into."""
+    worst = difference.detach().abs().max().item()
+    if not worst <= limit:
+        raise UserError(f"self-check: {trap} (off by {worst:.2g}, where {limit:g} is the limit)")
+
+
+def check_models(models: Models, prompts: list[str], fresh: bool) -> None:
+    """Looks for the traps of RLHF in the run's own models, in float32. fresh: PPO has not begun."""
+    bf16, models.bf16 = models.bf16, False
+    ids, attention, mask, sampled_logprobs = generate(models, models.actor, prompts)
+    prefix_scores, values, logprobs, _, kl, _, ref_states = assess(models, ids, attention, mask)
+    scores, again = at_end(prefix_scores, mask), assess(models, ids, attention, mask)[2]
+    check_trap("two passes over one answer differ: dropout is on", (again - logprobs)[mask])
+    check_trap(
+        "answers had another probability when they were sampled: a cache, a filter or a temperature",
+        (sampled_logprobs - logprobs)[mask],
+    )
+    if fresh:
+        check_trap("actor and reference differ before anything was learned", kl[mask], 1e-6)
+    for i in range(len(ids)):
+        columns = attention[i].bool()  # the row alone, without padding
+        alone = assess(models, ids[i, columns][None], attention[i, columns][None], mask[i, mask[i]][None])
+        check_trap("padding changes values: positions or the mask", alone[1][0] - values[i, mask[i]])
+        check_trap("padding changes probabilities: positions or the mask", alone[2][0] - logprobs[i, mask[i]])
+        check_trap("the score is not that of the last real token", alone[0][0, -1] - scores[i])
+    check_gradients(models, (ids, attention, mask, ref_states), logprobs)
+    models.bf16 = bf16
+
+
+def check_gradients(models: Models, answers: tuple[Tensor, ...], logprobs: Tensor) -> None:
+    """The first ratio is one, and micro-batches change no gradient."""
+    args, mask, gradients = models.args, answers[2], []
+    noise, old_logprobs = (
+        per_action(x, mask, args.action_level) for x in (torch.randn_like(logprobs), logprobs)
+    )
+    for size in (len(mask), 3):
+        models.zero_grad()
+        models.args = dataclasses.replace(args, micro_batch_size=size)
+        _, new_logprobs = add_gradients(models, (*answers, old_logprobs, noise, noise, noise), 1.0)
+        gradients.append(torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None]))
+        ratio = (new_logprobs - old_logprobs)[mask[:, : old_logprobs.shape[1]]].exp()
+        check_trap("the first ratio is not one", ratio - 1)
+    models.args = args
+    models.zero_grad()
+    whole, cut = gradients
+    check_trap("micro-batches change the gradient: a mean of their means", (whole - cut) / whole.norm())
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Between which shares the true one lies with a confidence of 95 %, if it was this among n."""
+    z = 1.96
+    center, width = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + z * z / 4 / n / n)
+    return (center - width) / (1 + z * z / n), (center + width) / (1 + z * z / n)
+
+
+@torch.no_grad()
+def evaluate(models: Models, data: Data) -> tuple[dict[str, float], list[tuple]]:
+    """SFT model and policy answer held-out prompts, the labeller compares -> metrics, rows of a table."""
+    args, rows, columns = models.args, [], []
+    torch.manual_seed(derive_seed(args.seed, 0, 0, 1))
+    held_out = [prompt for prompt, _ in data.held_out_texts[: args.eval_prompts]]
+    for prompts in chunks(held_out, args.batch_size):
+        answers, scores = [], []
+        for model in (models.reference, models.actor):  # what the loop leaves is of the actor
+            ids, attention, mask, _ = generate(models, model, prompts)
+            prefix_scores, _, _, _, kl, _, _ = assess(models, ids, attention, mask)
+            answers.append(decode(models, ids, mask))
+            scores.append(at_end(prefix_scores, mask).tolist())
+        finished = finished_answers(models, ids, mask)
+        columns.append(torch.stack(((kl * mask).sum(1), mask.sum(1), finished)))
+        for prompt, *row in zip(prompts, *answers, *scores, strict=True):
+            rows.append((prompt, *row, *(data.labeller(prompt, answer) for answer in row[:2])))
+    kl, lengths, finished = torch.cat(columns, 1).mean(1).tolist()
+    before, after = np.array([row[-2:] for row in rows]).T
+    win_rate = (np.sign(after - before) + 1).mean() / 2  # a tie is half a win
+    low, high = wilson_interval(win_rate, len(rows))
+    distinct = np.mean([len({row[2] for row in some}) / len(some) for some in chunks(rows, 100)])
+    metrics = {"win_rate": win_rate, "gold": after.mean(), "kl": kl, "distinct": distinct}
+    metrics |= {"finished": finished, "response_length": lengths}
+    for prompt, *answers, score, new_score, gold, new_gold in rows[:6]:
+        print(f"\n{prompt.strip()}")
+        print(f"  before: {answers[0]!r}  (reward {score:.1f}, gold {gold:.1f})")
+        print(f"  after:  {answers[1]!r}  (reward {new_score:.1f}, gold {new_gold:.1f})")
+    print(
+        f"\nevaluation: better than SFT for {win_rate:.1%} of {len(rows)} prompts "
+        f"(95 %: {low:.1%} to {high:.1%}), gold {before.mean():.2f} -> {after.mean():.2f}, "
+        f"KL {kl:.2f} nats, {lengths:.1f} tokens, {finished:.1%} finished, {distinct:.0%} distinct"
+    )
+    return {f"eval/{name}": float(value) for name, value in metrics.items()}, rows
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """The device to learn on, with repeatable arithmetic."""
+    if not args.cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--cuda needs a GPU, and torch finds none here; leave it out to learn on the CPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True)
+    return torch.device("cuda")
+
+
+def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
+    """Stops the run at a nan or an infinity. Tensors are (T, N, ...) rows that begin at step, or numbers."""
+    for name, x in tensors.items():
+        bad = (~torch.isfinite(x)).nonzero()
+        if len(bad):
+            where = f"step {step}"
+            if x.dim() >= 2:
+                where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
+            value = x[tuple(bad[0])].item()
+            raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
+
+
+def check_unchanged(args: Args, run_dir: str) -> None:
+    """Refuses options that differ from the saved run's; a resumed one may grow longer."""
+    saved = load_args(run_dir)
+    changed = {name for name in vars(args) if getattr(args, name) != getattr(saved, name)} - FREE_OPTIONS
+    changed -= {"cuda", "bf16"} if args.evaluate else set()
+    changed |= {"track"} if args.evaluate and args.track and not saved.track else set()
+    if changed == {"total_episodes"} and args.resume and args.total_episodes > saved.total_episodes:
+        print(f"going on to {args.total_episodes} answers; schedules now follow this length", file=sys.stderr)
+    elif changed:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(changed))
+        raise UserError(f"{names}: a saved run keeps its own options (--resume lets --total-episodes grow)")
+
+
+def open_run(args: Args) -> tuple[Path, dict | None]:
+    """The folder of the run and, if it is to go on, its checkpoint."""
+    if args.resume:
+        check_unchanged(args, args.resume)
+        checkpoint = load_checkpoint(args.resume)
+        if checkpoint["iteration"] == args.num_iterations:
+            print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
+        return Path(args.resume), checkpoint
+    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+    if (run_dir / "checkpoint.pt").exists():
+        raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))  # no two runs in a folder that nobody named
+    except OSError as error:
+        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from error
+    return run_dir, None
+
+
+def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
+    """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--track needs Weights & Biases: pip install wandb") from error
+        wandb.init(id=run_dir.name, resume="allow", dir=run_dir, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
+    if resumed_at is None:
+        options = {name: value for name, value in vars(args).items() if value is not None}
+        table = "\n".join(f"|{name}|{value}|" for name, value in options.items())
+        writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + table)
+        for summary in hparams(options, {"eval/win_rate": 0}):
+            writer.file_writer.add_summary(summary)
+        writer.flush()
+    return writer
+
+
+def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage, iteration, step) -> None:
+    """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
+    options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
+    checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "stage": stage, "iteration": iteration}
+    checkpoint |= {"models": models.state_dict(), "step": step, "history": history}
+    checkpoint["optimizer"] = optimizer and optimizer.state_dict()
+    path, written, buffer = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp", io.BytesIO()
+    torch.save(checkpoint, buffer)  # not into the file: torch would hide what is wrong with a disk
+    with open(written, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(written, path)
+
+
+def load_checkpoint(run_dir: str | Path) -> dict:
+    """Reads run_dir/checkpoint.pt with weights_only=True, so nothing in it can execute."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, version = checkpoint["script"], checkpoint["format"]
+    except Exception as error:  # whatever a file from outside can make of zipfile and torch
+        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
+    if (script, version) != (SCRIPT, FORMAT):
+        raise UserError(f"{path} is of {script}.py, format {version}; this is {SCRIPT}.py, format {FORMAT}")
+    return checkpoint
+
+
+def load_args(run_dir: str | Path) -> Args:
+    """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
+    try:
+        return Args(**load_checkpoint(run_dir)["args"])
+    except TypeError as error:
+        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not know: {error}") from error
+
+
+def parse_args() -> Args:
+    """The command line. Beside --resume or --evaluate the defaults are what the run was trained with."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume")
+    early.add_argument("--evaluate")
+    known, _ = early.parse_known_args()
+    run_dir = known.resume or known.evaluate
+    return tyro.cli(Args, default=load_args(run_dir) if run_dir else None)
+
+
+def main() -> None:
+    """Trains or evaluates as the command line says; tells a user's errors in one line."""
+    try:
+        args = parse_args()
+        if args.evaluate:
+            check_unchanged(args, args.evaluate)
+            models, checkpoint = Models(args).to(set_up_torch(args)), load_checkpoint(args.evaluate)
+            if checkpoint["stage"] < 2:
+                raise UserError(f"stage 3 has not begun; --resume {args.evaluate} goes on with the run")
+            models.load_state_dict(checkpoint["models"])
+            if args.generate:
+                encode(models, [(args.generate + "\n", "")])  # refuses what is too long
+                for name, model in (("before", models.reference), ("after", models.actor)):
+                    ids, _, mask, _ = generate(models, model, [args.generate + "\n"])
+                    print(f"{name}: {decode(models, ids, mask)[0]!r}")
+            else:
+                evaluate(models, built_in_data(models.args))
+        else:
+            train(args)
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        tqdm.write("stopped; --resume RUN_DIR continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

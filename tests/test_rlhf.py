@@ -1,0 +1,571 @@
+"""RLHF: its equations by hand, and every trap that others fell into, built in to see that it is noticed."""
+
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+from suite import SCRIPTS, assert_golden, curve, documented_metrics, resumed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_command_line import refusal
+from test_resume import assert_same_run
+from torch import nn
+
+(rlhf,) = [script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm"]
+
+
+def tiny(run_dir=None, **options):
+    """Arguments of a run that takes seconds: 2 iterations of stage 3."""
+    defaults = dict(
+        layers=2, heads=2, width=16, num_texts=64, sft_epochs=1, num_pairs=20, total_episodes=32,
+        batch_size=16, num_minibatches=2, answer_length=24, eval_prompts=16, checkpoint_every=1,
+        run_dir=run_dir and str(run_dir),
+    )  # fmt: skip
+    return rlhf.Args(**(defaults | options))
+
+
+def make_models(**options):
+    torch.manual_seed(0)
+    models = rlhf.Models(tiny(**options))
+    for (
+        parameter
+    ) in models.parameters():  # far from the small weights of the start, where all models are alike
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    models.reference.load_state_dict(models.actor.state_dict())
+    return models
+
+
+PROMPTS = [
+    "My lamp leaks.\n",
+    "x\n",
+    "Help! The kettle is too small.\n",
+    "The bike never came, and I want it\n",
+]
+
+
+def rows(models, texts):
+    """Texts of different length as a padded batch: ids, attention, mask."""
+    return rlhf.join(models, *zip(*rlhf.encode(models, texts), strict=True))
+
+
+TEXTS = list(zip(PROMPTS, ["Sorry!", "We repair the lamp.", "", "Read the manual."], strict=True))
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()  # two answers, of three tokens and of one
+
+
+class TestMaths:
+    def test_gather_logprobs_are_those_of_a_categorical(self):
+        logits, tokens = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+        expected = torch.distributions.Categorical(logits=logits).log_prob(tokens)
+        torch.testing.assert_close(rlhf.gather_logprobs(logits, tokens), expected)
+
+    def test_token_rewards_of_two_answers_by_hand(self):
+        logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -9.0, -9.0]])
+        ref_logprobs = torch.tensor([[-1.5, -2.0, -1.0], [-3.0, -5.0, -5.0]])
+        rewards = rlhf.token_rewards(torch.tensor([10.0, 20.0]), logprobs, ref_logprobs, MASK, 0.1)
+        # -0.1 (log pi - log ref): -0.05, 0, +0.2 and -0.2; the score on the last real token
+        torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.0, 10.2], [19.8, 0.0, 0.0]]))
+
+    def test_advantages_of_two_answers_of_different_length_by_hand(self):
+        rewards = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
+        values = torch.tensor([[0.5, 0.25, 0.5], [1.0, 7.0, 7.0]])  # 7: padding
+        ends = torch.tensor([[0, 0, 1], [1, 0, 0]]).bool()
+        next_values = torch.tensor([[0.25, 0.5, 0.0], [7.0, 7.0, 0.0]])
+        columns = [x.T for x in (rewards, values, next_values, ends, torch.zeros_like(ends))]
+        advantages, returns = rlhf.compute_gae(*columns, 1.0, 0.5)
+        # backwards: 1 - 0.5 = 0.5; 0.5 - 0.25 + 0.5 * 0.5 = 0.5; 0.25 - 0.5 + 0.5 * 0.5 = 0; and 2 - 1 = 1
+        torch.testing.assert_close(advantages.T[MASK], torch.tensor([0.0, 0.5, 0.5, 1.0]))
+        torch.testing.assert_close(returns.T[MASK], torch.tensor([0.5, 0.75, 1.0, 2.0]))
+
+    def test_dense_rewards_sum_to_the_score_less_that_of_the_prompt(self):
+        prefix_scores = torch.tensor([[0.5, 1.0, -1.0, 3.0], [2.0, 5.0, 9.0, 9.0]])
+        rewards = rlhf.dense_rewards(prefix_scores, MASK)
+        torch.testing.assert_close(rewards, torch.tensor([[0.5, -2.0, 4.0], [3.0, 0.0, 0.0]]))
+        torch.testing.assert_close(rewards.sum(1), rlhf.at_end(prefix_scores, MASK) - prefix_scores[:, 0])
+
+    def test_preference_loss_by_hand(self):
+        loss = rlhf.preference_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+        assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+
+    @pytest.mark.parametrize(
+        ("kl", "expected"), [(6.0, 1.0), (6.6, 1.01), (12.0, 1.02), (600.0, 1.02), (5.4, 0.99), (0.0, 0.98)]
+    )
+    def test_the_controller_moves_by_the_error_and_at_most_by_a_fifth_in_its_horizon(self, kl, expected):
+        assert rlhf.adapt_kl_coef(1.0, kl, 6.0, 100, 1000) == pytest.approx(expected)
+
+    def test_token_and_answer_averages_by_hand(self):
+        losses = torch.tensor([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0]])
+        by_token, by_answer = ((rlhf.action_weights(MASK, x) * losses).sum() for x in ("token", "answer"))
+        assert by_token.item() == pytest.approx(16 / 4)  # (1 + 2 + 3 + 10) / 4
+        assert by_answer.item() == pytest.approx((2 + 10) / 2)
+
+    def test_the_ratio_of_a_sequence_is_the_product_of_those_of_its_tokens(self):
+        new, old = torch.randn(2, 3), torch.randn(2, 3)
+        ratio = (rlhf.per_action(new, MASK, "sequence") - rlhf.per_action(old, MASK, "sequence")).exp()
+        products = [(new[i] - old[i]).exp()[MASK[i]].prod() for i in range(2)]
+        torch.testing.assert_close(ratio.squeeze(1), torch.stack(products))
+
+    def test_k1_in_the_reward_and_the_exact_kl_in_the_loss_have_the_gradient_of_the_objective(self):
+        """Answers of one token, all V of them: the gradient of E[score] - beta KL(pi, ref), unsampled."""
+        scores, ref_logits, beta = torch.randn(5, dtype=torch.float64), torch.randn(5).double(), 0.7
+        logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        objective = (logits.softmax(0) * scores).sum() - beta * rlhf.categorical_kl(logits, ref_logits)
+        (expected,) = torch.autograd.grad(objective, logits)
+
+        tokens, mask = torch.arange(5).unsqueeze(1), torch.ones(5, 1, dtype=torch.bool)
+        logprobs = rlhf.gather_logprobs(logits.expand(5, 1, 5), tokens)
+        ref_logprobs = rlhf.gather_logprobs(ref_logits.expand(5, 1, 5), tokens)
+        for in_reward, in_loss in ((beta, 0.0), (0.0, beta)):
+            rewards = rlhf.token_rewards(scores, logprobs.detach(), ref_logprobs, mask, in_reward)
+            losses = rlhf.clipped_policy_loss(logprobs, logprobs.detach(), rewards, 0.2)
+            losses = losses + in_loss * rlhf.categorical_kl(logits, ref_logits)
+            loss = (logits.detach().softmax(0).unsqueeze(1) * losses).sum()
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            torch.testing.assert_close(-gradient, expected)
+
+    def test_the_interval_of_a_win_rate_by_hand(self):
+        assert rlhf.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+        assert rlhf.wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+class TestModels:
+    def test_no_logits_depend_on_the_future(self):
+        models = make_models()
+        ids, attention, mask = rows(models, TEXTS)
+        changed = ids.clone()
+        changed[:, -1] = 65
+        before, after = (models.policy(x, attention, mask.shape[1])[0] for x in (ids, changed))
+        torch.testing.assert_close(before, after)  # the last token is what the last logits are for
+
+    def test_padding_and_neighbours_change_nothing(self):
+        models = make_models()
+        ids, attention, mask = rows(models, TEXTS)
+        together = rlhf.assess(models, ids, attention, mask)
+        for i, text in enumerate(TEXTS):
+            alone = rows(models, [text])
+            for x, y in zip(together, rlhf.assess(models, *alone), strict=True):
+                torch.testing.assert_close(x[i, : y.shape[1]], y[0], atol=1e-4, rtol=1e-4)
+
+    def test_with_a_cache_the_logits_are_those_without(self):
+        models = make_models()
+        ids, attention, _ = rows(models, TEXTS)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        whole, cache, pieces = models.actor(ids, attention, positions).logits, None, []
+        for columns in (slice(0, 20), slice(20, 21), slice(21, None)):
+            output = models.actor(ids[:, columns], attention[:, : columns.stop], positions[:, columns], cache)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+        real = attention.bool()
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-5, rtol=1e-4)
+
+    def test_answers_end_at_their_first_end_and_what_follows_is_padding(self):
+        models = make_models()
+        models.actor.lm_head.weight.data[256] += models.actor.base_model.norm.bias.data  # an end now and then
+        ids, attention, mask, _ = rlhf.generate(models, models.actor, PROMPTS * 20)
+        answers, finished = ids[:, -mask.shape[1] :], rlhf.finished_answers(models, ids, mask)
+        assert 0 < finished.sum() < len(finished)
+        for answer, kept, done in zip(answers.tolist(), mask.tolist(), finished.tolist(), strict=True):
+            length = answer.index(256) + 1 if done else len(answer)
+            assert kept == [t < length for t in range(len(answer))]
+            assert set(answer[length:]) <= {257}
+        torch.testing.assert_close(attention[:, -mask.shape[1] :].bool(), mask)
+
+    def test_answers_are_drawn_from_the_softmax_of_the_logits(self):
+        models = make_models(answer_length=1)
+        ids, attention, _ = rows(models, [("a\n", "")])
+        expected = models.policy(ids, attention, 1)[0][0, 0].softmax(-1)
+        drawn = rlhf.generate(models, models.actor, ["a\n"] * 20_000)[0][:, -1]
+        frequencies = torch.bincount(drawn, minlength=258) / len(drawn)
+        deviation = (expected * (1 - expected) / len(drawn)).sqrt()
+        assert ((frequencies - expected).abs() < 5 * deviation + 1e-4).all()
+        assert ((frequencies - expected) / deviation).square().mean() < 1.5  # 1 is expected
+
+    def test_text_in_any_language_survives(self):
+        tokenizer = rlhf.ByteTokenizer()
+        for text in ("我的灯坏了。", "naïve Größe", "🙂"):
+            assert tokenizer.decode([*tokenizer.encode(text), 256, 257]) == text
+        models = make_models()
+        ids, _, mask, _ = rlhf.generate(models, models.actor, ["我的灯坏了。\n"])
+        assert bytes(ids[0, : -mask.shape[1]].tolist()).decode() == "我的灯坏了。\n"
+
+
+class TestSelfCheck:
+    def test_passes_whatever_the_options(self):
+        for options in ({}, dict(shared_critic=True), dict(action_level="sequence", loss_average="answer")):
+            rlhf.check_models(make_models(**options), PROMPTS, fresh=True)
+
+    def refused(self, models, message, fresh=True):
+        with pytest.raises(rlhf.UserError, match=message):
+            rlhf.check_models(models, PROMPTS, fresh)
+
+    def test_notices_positions_that_do_not_come_from_the_mask(self, monkeypatch):
+        def trap(trunk, ids, attention):
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            return trunk(ids, attention, positions).last_hidden_state
+
+        monkeypatch.setattr(rlhf, "hidden_states", trap)
+        self.refused(make_models(), "sampled|padding")
+
+    def test_notices_attention_to_padding(self, monkeypatch):
+        forward = rlhf.Transformer.forward
+
+        def trap(self, input_ids, attention_mask, *rest, **named):
+            return forward(self, input_ids, torch.ones_like(attention_mask), *rest, **named)
+
+        monkeypatch.setattr(rlhf.Transformer, "forward", trap)
+        self.refused(make_models(), "padding")
+
+    def test_notices_a_temperature_in_the_sampling(self, monkeypatch):
+        forward = rlhf.GPT.forward
+
+        def trap(self, *inputs, **named):
+            output = forward(self, *inputs, **named)
+            output.logits = output.logits / 0.7
+            return output
+
+        monkeypatch.setattr(rlhf.GPT, "forward", trap)
+        self.refused(make_models(), "temperature")
+
+    def test_notices_dropout(self):
+        models = make_models()
+        models.actor.base_model.norm = nn.Sequential(models.actor.base_model.norm, nn.Dropout(0.1))
+        models.actor.base_model.norm.train()
+        self.refused(models, "dropout")
+
+    def test_notices_a_reference_that_is_not_the_actor(self):
+        models = make_models()
+        models.actor.lm_head.weight.data *= 1.01
+        self.refused(models, "reference")
+        rlhf.check_models(models, PROMPTS, fresh=False)  # of a resumed run it is so
+
+    def test_notices_a_score_that_is_one_position_off(self, monkeypatch):
+        monkeypatch.setattr(
+            rlhf, "at_end", lambda scores, mask: scores.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+        )
+        self.refused(make_models(), "last real token")
+
+    def test_notices_a_score_read_behind_the_end(self, monkeypatch):
+        monkeypatch.setattr(rlhf, "at_end", lambda scores, mask: scores[:, -1])
+        models = make_models()
+        models.actor.lm_head.weight.data[256] += 12 * models.actor.base_model.norm.bias.data  # some end
+        models.reference.load_state_dict(models.actor.state_dict())
+        self.refused(models, "last real token")
+
+    def test_notices_a_mean_of_micro_batch_means(self, monkeypatch):
+        add = rlhf.add_gradients
+
+        def trap(models, minibatch, kl_coef):
+            args, size = models.args, models.args.micro_batch_size
+            models.args = dataclasses.replace(args, micro_batch_size=None)
+            parts = list(zip(*(x.split(size) for x in minibatch), strict=True))
+            outputs = [add(models, part, kl_coef) for part in parts]
+            for parameter in models.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= len(parts)
+            models.args = args
+            return outputs[0][0], torch.cat([logprobs for _, logprobs in outputs])
+
+        monkeypatch.setattr(rlhf, "add_gradients", trap)
+        self.refused(make_models(), "micro-batches")
+
+
+class TestTraps:
+    """Traps that no check of a running program can see."""
+
+    def test_the_end_is_learned_even_if_it_is_the_padding_token(self):
+        models = make_models()
+        apart = rlhf.lm_loss(models, rlhf.encode(models, TEXTS))
+        models.tokenizer.pad_token_id = models.tokenizer.eos_token_id
+        torch.testing.assert_close(rlhf.lm_loss(models, rlhf.encode(models, TEXTS)), apart)
+
+    def test_only_logits_for_answers_are_computed(self, monkeypatch):
+        models, shapes = make_models(), []
+        models.actor.lm_head.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
+        ids, attention, mask = rows(models, TEXTS)
+        rlhf.assess(models, ids, attention, mask)
+        assert shapes == [(4, mask.shape[1], 258)]
+        shapes.clear()
+        rlhf.generate(models, models.actor, PROMPTS)
+        assert set(shapes) == {(4, 1, 258)}
+
+    def minibatch(self, models, garbage=0.0):
+        ids, attention, mask = rows(models, TEXTS)
+        _, values, logprobs, _, _, _, ref_states = rlhf.assess(models, ids, attention, mask)
+        torch.manual_seed(1)
+        noise = torch.randn(logprobs.shape).masked_fill(~mask, garbage)
+        return ids, attention, mask, ref_states, logprobs - 0.1, values, noise, values + noise
+
+    def gradient(self, models, minibatch, kl_coef=0.5):
+        models.zero_grad()
+        rlhf.add_gradients(models, minibatch, kl_coef)
+        return torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None])
+
+    def test_padding_weighs_nothing_in_the_loss(self):
+        models = make_models()
+        clean, dirty = (self.gradient(models, self.minibatch(models, x)) for x in (0.0, 1e9))
+        torch.testing.assert_close(clean, dirty)
+
+    @pytest.mark.parametrize("average", ["token", "answer"])
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_micro_batches_change_no_gradient(self, average, size):
+        whole, cut = (
+            make_models(loss_average=average),
+            make_models(loss_average=average, micro_batch_size=size),
+        )
+        minibatch = self.minibatch(whole)
+        expected = self.gradient(whole, minibatch)
+        torch.testing.assert_close(self.gradient(cut, minibatch), expected, atol=1e-6, rtol=1e-4)
+
+    @pytest.mark.parametrize("size", [None, 1, 3])
+    def test_the_gradient_of_ptx_is_that_of_the_mean_over_tokens_times_its_weight(self, size):
+        models = make_models(micro_batch_size=size)
+        texts = rlhf.encode(models, TEXTS)
+        rlhf.accumulate(models, rlhf.lm_loss, texts, weight=27.8)
+        gradient = models.actor.lm_head.weight.grad.clone()
+        models.zero_grad()
+        (rlhf.lm_loss(models, texts) / sum(len(answer) for _, answer in texts)).backward()
+        torch.testing.assert_close(gradient, 27.8 * models.actor.lm_head.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def record(monkeypatch, name):
+    """Keeps the inputs and the output of every call of a function of the script."""
+    calls, function = [], getattr(rlhf, name)
+
+    def recorded(*inputs):
+        calls.append((inputs, function(*inputs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(rlhf, name, recorded)
+    return calls
+
+
+class TestTrain:
+    def test_the_controller_follows_the_kl_of_answers_not_of_tokens(self, run_dir, monkeypatch):
+        assessed, adapted = record(monkeypatch, "assess"), record(monkeypatch, "adapt_kl_coef")
+        history = rlhf.train(tiny(run_dir, learning_rate=0.05))
+        batches = [(inputs[3], outputs[4]) for inputs, outputs in assessed if len(inputs[3]) == 16]
+        expected = [(kl * mask).sum(1).mean().item() for mask, kl in batches]
+        assert [inputs[1] for inputs, _ in adapted] == pytest.approx([row["rlhf/kl"] for row in history])
+        assert all(
+            any(x == pytest.approx(y, abs=1e-6) for y in expected) for x in (h["rlhf/kl"] for h in history)
+        )
+        assert [history[1]["charts/kl_coef"]] == [output for _, output in adapted[:1]]
+
+    @pytest.mark.parametrize("norm_adv", [True, False])
+    def test_returns_are_sums_of_rewards_whether_advantages_are_normalised_or_not(
+        self, run_dir, monkeypatch, norm_adv
+    ):
+        rewarded, added = record(monkeypatch, "token_rewards"), record(monkeypatch, "add_gradients")
+        rlhf.train(tiny(run_dir, gae_lambda=1.0, norm_adv=norm_adv, num_minibatches=1, update_epochs=1))
+        for (inputs, rewards), ((_, minibatch, _), _) in zip(rewarded, added[-2:], strict=True):
+            to_go = rewards.flip(1).cumsum(1).flip(1)[inputs[3]]
+            returns = minibatch[7][minibatch[2]]
+            torch.testing.assert_close(returns.sort().values, to_go.sort().values, atol=1e-4, rtol=1e-4)
+            advantages = minibatch[6][minibatch[2]]
+            assert (abs(advantages.mean()) < 1e-5 and abs(advantages.std() - 1) < 1e-5) == norm_adv
+
+    def test_a_whole_answer_as_an_action_has_one_reward_and_the_value_of_the_prompt(
+        self, run_dir, monkeypatch
+    ):
+        assessed, estimated = record(monkeypatch, "assess"), record(monkeypatch, "compute_gae")
+        rewarded, added = record(monkeypatch, "token_rewards"), record(monkeypatch, "add_gradients")
+        rlhf.train(tiny(run_dir, action_level="sequence", num_minibatches=1, update_epochs=1))
+        batches = [outputs for inputs, outputs in assessed if len(inputs[3]) == 16][:2]
+        for i, (_, values, logprobs, *_) in enumerate(batches):
+            inputs, rewards = rewarded[i]
+            (by_time, old_values, next_values, terminations, *_), (_, returns) = estimated[i]
+            assert by_time.shape == (1, 16) and terminations.all() and not next_values.any()
+            torch.testing.assert_close(by_time[0], rewards.sum(1))
+            torch.testing.assert_close(old_values[0], values[:, 0])
+            torch.testing.assert_close(returns[0], rewards.sum(1))
+            (_, minibatch, _), _ = added[-2:][i]
+            sums = (logprobs * inputs[3]).sum(1)
+            torch.testing.assert_close(minibatch[4][:, 0].sort().values, sums.sort().values)
+
+    def test_dense_rewards_give_an_answer_what_it_adds_to_the_score_of_its_prompt(self, run_dir, monkeypatch):
+        assessed, estimated = record(monkeypatch, "assess"), record(monkeypatch, "compute_gae")
+        options = dict(dense_reward=True, kl_coef=0.0, kl_target=None, eos_penalty=0.0)
+        rlhf.train(tiny(run_dir, **options))
+        batches = [(inputs[3], outputs[0]) for inputs, outputs in assessed if len(inputs[3]) == 16][:2]
+        for (mask, prefix_scores), ((rewards, *_), _) in zip(batches, estimated, strict=True):
+            scores = prefix_scores[torch.arange(16), mask.sum(1)]
+            torch.testing.assert_close(rewards.sum(0), scores - prefix_scores[:, 0])
+
+    def test_the_penalty_for_no_end_is_taken_off_the_last_token(self, run_dir, monkeypatch):
+        rewarded, ends = record(monkeypatch, "token_rewards"), record(monkeypatch, "finished_answers")
+        scored = record(monkeypatch, "at_end")
+        rlhf.train(tiny(run_dir, eos_penalty=5.0, kl_coef=0.0, kl_target=None))
+        full = [output for (_, _, mask), output in ends if len(mask) == 16][:2]
+        for (inputs, rewards), finished in zip(rewarded, full, strict=True):
+            mask = inputs[3]
+            (score,) = [
+                y for (x, m), y in scored if m is mask or (m.shape == mask.shape and (m == mask).all())
+            ][:1]
+            expected = torch.zeros_like(rewards)
+            for i in range(16):
+                expected[i, mask[i].sum() - 1] = score[i] - 5.0 * (not finished[i])
+            torch.testing.assert_close(rewards, expected)
+
+    def test_target_kl_stops_the_epochs_at_the_minibatch_that_exceeds_it(self, run_dir, monkeypatch):
+        added = record(monkeypatch, "add_gradients")
+        rlhf.train(tiny(run_dir, target_kl=1e-9))
+        # the self-check has two; in each iteration the ratio of the first is one, and the second exceeds
+        assert len(added) == 2 + 2 * 2
+
+    def test_the_optimiser_has_the_epsilon_of_the_authors(self, run_dir):
+        rlhf.train(tiny(run_dir))
+        (group,) = rlhf.load_checkpoint(run_dir)["optimizer"]["param_groups"]
+        assert group["eps"] == 1e-5
+
+
+class TestResume:
+    @pytest.mark.parametrize("saves", [1, 2, 3, 4])
+    def test_a_run_stopped_after_any_stage_goes_on_as_if_it_had_not(self, tmp_path, monkeypatch, saves):
+        """Stopped at the start, after SFT, after the reward model, after an iteration of PPO."""
+        history = rlhf.train(tiny(tmp_path / "alone"))
+        save, countdown = rlhf.save_checkpoint, saves
+
+        class Killed(BaseException):
+            pass
+
+        def save_and_stop(*inputs, **named):
+            nonlocal countdown
+            save(*inputs, **named)
+            countdown -= 1
+            if countdown == 0:
+                raise Killed
+
+        monkeypatch.setattr(rlhf, "save_checkpoint", save_and_stop)
+        with pytest.raises(Killed):
+            rlhf.train(tiny(tmp_path / "killed"))
+        monkeypatch.setattr(rlhf, "save_checkpoint", save)
+        assert resumed(rlhf, tmp_path / "killed") == history and len(history) == 2
+        assert_same_run(rlhf, tmp_path / "alone", tmp_path / "killed")
+
+    def test_a_run_can_grow_longer(self, run_dir, capsys):
+        rlhf.train(tiny(run_dir))
+        history = resumed(rlhf, run_dir, total_episodes=48)
+        assert len(history) == 3 and "going on to 48 answers" in capsys.readouterr().err
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ("--num-minibatches 5", "--batch-size 64 does not divide into --num-minibatches 5"),
+            ("--width 98", "--width 98 does not divide into --heads 4"),
+            ("--total-episodes 10", "--total-episodes is less than one iteration, --batch-size 64"),
+            ("--batch-size 1", "--batch-size is 1; it must lie between 2 and inf"),
+            ("--kl-in nowhere", "nowhere"),
+            ("--kl-target 0", "--kl-target is 0.0; it must lie between 1e-12 and inf"),
+            ("--learning-rate nan", "--learning-rate is nan; it must lie between 1e-12 and 1"),
+            ("--eval-prompts 201", "--eval-prompts is 201; it must lie between 2 and 200"),
+            ("--context 60", "--context is 60"),
+            ("--resume nowhere", "nowhere/checkpoint.pt does not exist"),
+            ("--generate hello", "--generate needs --evaluate runs/NAME"),
+        ],
+    )
+    def test_what_is_wrong_with_an_option_is_told_in_one_line(
+        self, monkeypatch, capsys, tmp_path, arguments, words
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert words in refusal(rlhf, monkeypatch, capsys, *arguments.split())
+
+    def test_cuda_without_a_gpu_is_refused(self, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "--cuda needs a GPU, and torch finds none here" in refusal(rlhf, monkeypatch, capsys, "--cuda")
+
+    def test_a_saved_run_answers_is_evaluated_and_keeps_its_options(self, monkeypatch, capsys, run_dir):
+        rlhf.train(tiny(run_dir))
+        trained = capsys.readouterr().out
+        assert f"run: {run_dir}" in trained.splitlines()
+
+        def main(*arguments):
+            monkeypatch.setattr(sys, "argv", ["x", "--evaluate", str(run_dir), *arguments])
+            rlhf.main()
+            return capsys.readouterr().out
+
+        (line,) = [line for line in trained.splitlines() if line.startswith("evaluation: ")]
+        assert main().splitlines()[-1] == line
+        assert "of 4 prompts" in main("--eval-prompts", "4")
+        said = main("--generate", "My lamp leaks.").splitlines()
+        assert [text.split(":")[0] for text in said] == ["before", "after"]
+        said = refusal(rlhf, monkeypatch, capsys, "--resume", run_dir, "--gamma", "0.9")
+        assert "--gamma: a saved run keeps its own options" in said
+        said = refusal(rlhf, monkeypatch, capsys, "--evaluate", run_dir, "--generate", "x" * 200)
+        assert "--context" in said
+
+    def test_help_explains_every_option(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["x", "--help"])
+        with pytest.raises(SystemExit):
+            rlhf.main()
+        said = capsys.readouterr().out
+        for name in rlhf.Args.__dataclass_fields__:
+            assert "--" + name.replace("_", "-") in said
+
+
+def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
+    rlhf.train(tiny(run_dir, kl_in="loss", ptx_coef=1.0))
+    tags = curve(run_dir)
+    assert set(tags) == set(documented_metrics("Metrics of RLHF"))
+    stage_3 = ["score", "gold", "kl", "response_length", "finished"]
+    for tag in [*(f"rlhf/{name}" for name in stage_3), "charts/kl_coef", "charts/tokens_per_second"]:
+        assert [step for step, _ in tags[tag]] == [84 + 16, 84 + 32], tag  # after 64 texts and 20 pairs
+    assert [step for step, _ in tags["sft/loss"]] == list(range(8, 65, 8))
+    assert [step for step, _ in tags["reward_model/accuracy"]] == [84]
+    for name in ("gold", "win_rate", "kl", "distinct", "finished"):
+        assert [step for step, _ in tags[f"eval/{name}"]] == [84 + 33]
+    events = EventAccumulator(str(run_dir)).Reload()
+    (table,) = events.Tensors("answers/text_summary")
+    assert len(table.tensor_proto.string_val[0].decode().split("\n")) == 2 + 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(action_level="sequence", kl_in="loss", loss_average="answer", clip_vloss=True),
+        dict(dense_reward=True, shared_critic=True, ptx_coef=0.5, kl_target=None),
+        dict(bf16=True, micro_batch_size=3, norm_adv=False, anneal_lr=False),
+    ],
+    ids=str,
+)
+def test_all_options_run_and_resume(run_dir, options):
+    history = rlhf.train(tiny(run_dir, **options))
+    assert resumed(rlhf, run_dir, total_episodes=48)[:2] == history and len(history) == 2
+
+
+def test_the_golden_run_comes_out_as_it_did(run_dir):
+    rlhf.train(tiny(run_dir, seed=3, learning_rate=0.01))
+    assert_golden(rlhf, run_dir)
+
+
+def test_the_labeller_has_the_tastes_that_the_readme_tells():
+    prompt = "My lamp leaks.\n"
+    best = "I am sorry. We repair the lamp. Thank you!"
+    score = rlhf.gold_score(prompt, best)
+    assert score == pytest.approx(2 + 1.5 + 2 + 1.5 + 1 - 0.02 * len(best))
+    for worse in (
+        best.replace("the lamp", "it"),
+        best.replace("the lamp", "the tent"),
+        best.replace("repair", "refund"),
+        best.replace("I am sorry. ", ""),
+        best.replace(" Thank you!", ""),
+        best + " Thank you!",
+        best + " That is your fault.",
+        best + " Lamp lamp qqq.",
+        best.replace("repair", "repair or refund"),
+    ):
+        assert rlhf.gold_score(prompt, worse) < score - 0.3, worse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_short_run_of_the_whole_pipeline_raises_the_gold_score(run_dir, seed):
+    options = dict(layers=2, width=64, num_texts=5000, num_pairs=1000, total_episodes=1024, batch_size=64)
+    options |= dict(
+        num_minibatches=8, sft_learning_rate=3e-3, learning_rate=3e-4, answer_length=56, seed=seed
+    )
+    history = rlhf.train(tiny(run_dir, **options))
+    gold = [row["rlhf/gold"] for row in history]
+    assert sum(gold[-4:]) / 4 > sum(gold[:4]) / 4 + 0.5
+    assert history[-1]["rlhf/response_length"] > 15  # it did not learn to say nothing
