@@ -28,9 +28,8 @@ def tiny(run_dir=None, **options):
 def make_models(**options):
     torch.manual_seed(0)
     models = rlhf.Models(tiny(**options))
-    for (
-        parameter
-    ) in models.parameters():  # far from the small weights of the start, where all models are alike
+    # far from the small weights of the start, where all models are alike
+    for parameter in models.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     models.reference.load_state_dict(models.actor.state_dict())
     return models
