@@ -111,7 +111,7 @@ class Args:
     """weight of the loss of stage 1, a mean over tokens, in stage 3 (gamma of InstructGPT)"""
     shared_critic: bool = False
     """make the critic a head on the actor's trunk (else: a model of its own, at first the reward model)"""
-    layers: int = 3
+    layers: int = 2
     """blocks of the language model"""
     heads: int = 4
     """attention heads of each block"""
@@ -362,18 +362,27 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, allowed: Tensor, past: tuple | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Stream (B, S, D), keys that each query may see -> (stream, keys and values of this block)."""
-        parts = self.query_key_value(self.attention_norm(x)).chunk(3, -1)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+    def forward(self, x: Tensor, bias: Tensor, past: tuple | None, keep: int) -> tuple[Tensor, tuple]:
+        """Stream (B, S, D), attention's bias (B * heads, S, C + S) -> last of the stream, keys and values."""
+        parts = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * heads, S, D / heads) each
+        cache = (key, value)
         if past is not None:
-            key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+            stop, start = bias.shape[-1], bias.shape[-1] - key.shape[1]
+            # a full cache doubles: with a copy at every token a text would cost quadratic time
+            cache = past if stop <= past[0].shape[1] else [F.pad(x, (0, 0, 0, stop)) for x in past]
+            cache[0][:, start:stop], cache[1][:, start:stop] = key, value
+            key, value = cache[0][:, :stop], cache[1][:, :stop]
+        x, query, bias = x[:, -keep:], query[:, -keep:], bias[:, -keep:]  # -0: all
+        # at these lengths faster than F.scaled_dot_product_attention
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.shape[-1]))
+        attended = (scores.softmax(-1) @ value).unflatten(0, (-1, self.heads))
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x)))), (key, value)
+        return x + self.down(F.relu(self.up(self.feed_forward_norm(x)))), cache
 
 
 class Transformer(nn.Module):
@@ -385,6 +394,10 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Embedding(positions, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        # ALiBi (Press et al. 2021): attention falls with distance, in each head at a rate of its own. With
+        # learned positions alone stage 1 needed twice the training for the same loss
+        slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1)).view(-1, 1, 1)
+        self.register_buffer("slopes", slopes, persistent=False)
         for name, parameter in self.named_parameters():  # weights as in GPT-2
             if parameter.dim() == 2:
                 residual = name.endswith(("attention_out.weight", "down.weight"))
@@ -396,16 +409,22 @@ class Transformer(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         past_key_values: list | None = None,
+        keep: int = 0,
     ) -> SimpleNamespace:
-        """Tokens (B, S), mask (B, C + S), cache of the C tokens before -> states (B, S, D), longer cache."""
+        """Tokens (B, S), mask (B, C + S), cache of the C tokens before -> states (B, S, D), longer cache.
+
+        keep: states of so many last tokens only. The last block spares the others, which serve nobody there.
+        """
         rows = torch.arange(attention_mask.shape[1], device=input_ids.device)
         new = rows[-input_ids.shape[1] :].unsqueeze(1)
         # no token sees the future or padding; padding sees itself, for a softmax over nothing is nan
         allowed = ((rows <= new) & attention_mask[:, None, None].bool()) | (rows == new)
+        bias = torch.where(allowed, self.slopes * (rows - new), -math.inf).flatten(0, 1)
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)
         cache = []
         for i, block in enumerate(self.blocks):
-            x, keys_and_values = block(x, allowed, past_key_values and past_key_values[i])
+            past = past_key_values and past_key_values[i]
+            x, keys_and_values = block(x, bias, past, keep if block is self.blocks[-1] else 0)
             cache.append(keys_and_values)
         return SimpleNamespace(last_hidden_state=self.norm(x), past_key_values=cache)
 
@@ -421,16 +440,18 @@ class GPT(nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0):
         """As Transformer, and the logits (B, logits_to_keep or S, V) of the next tokens."""
-        output = self.base_model(input_ids, attention_mask, position_ids, past_key_values)
-        output.logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        output = self.base_model(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        output.logits = self.lm_head(output.last_hidden_state)
         return output
 
 
-def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
-    """Tokens (B, S), attention (B, S): 0 for padding -> last hidden states (B, S, D)."""
+def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor, length: int) -> Tensor:
+    """Tokens (B, S), attention (B, S): 0 for padding -> hidden states of the last tokens (B, length, D)."""
     # positions count from the first real token: padding on the left must not shift what comes after
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    return trunk(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
+    options = {"keep": length} if isinstance(trunk, Transformer) else {}
+    output = trunk(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
+    return output.last_hidden_state[:, -length:]
 
 
 def one_number(head: nn.Linear, states: Tensor) -> Tensor:
@@ -447,9 +468,9 @@ class ScalarModel(nn.Module):
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))  # as Ziegler et al.
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """Tokens (B, S), attention (B, S) -> (B, S): number s is for the text up to token s."""
-        return one_number(self.head, hidden_states(self.trunk, ids, attention))
+    def forward(self, ids: Tensor, attention: Tensor, length: int) -> Tensor:
+        """Tokens (B, S), attention (B, S) -> (B, length): for the text up to each of the last tokens."""
+        return one_number(self.head, hidden_states(self.trunk, ids, attention, length))
 
 
 class Models(nn.Module):
@@ -472,14 +493,14 @@ class Models(nn.Module):
 
     def policy(self, ids: Tensor, attention: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Before each of the last L tokens: logits (B, L, V) and hidden states (B, L, D) of the actor."""
-        states = hidden_states(self.actor.base_model, ids, attention)[:, -length - 1 : -1]
+        states = hidden_states(self.actor.base_model, ids[:, :-1], attention[:, :-1], length)
         return self.actor.lm_head(states).float(), states
 
     def value(self, ids: Tensor, attention: Tensor, states: Tensor) -> Tensor:
         """V before each of the last tokens, (B, L); states (B, L, D) are the actor's there."""
         if self.args.shared_critic:
             return one_number(self.critic, states)
-        return self.critic(ids, attention)[:, -states.shape[1] - 1 : -1]
+        return self.critic(ids[:, :-1], attention[:, :-1], states.shape[1])
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
@@ -554,7 +575,7 @@ def built_in_data(args: Args) -> Data:
 
 
 def gold_score(prompt: str, answer: str) -> float:
-    """What the labeller likes: regret, the thing by its name, what helps, thanks; no rudeness, few words."""
+    """What the labeller likes: regret, an offer that helps, the name, thanks; no rudeness, few letters."""
     words = re.findall("[a-z]+", answer.lower())
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+", answer)]
     item = next((item for item in ITEMS if item in prompt), "it")
@@ -674,7 +695,7 @@ def score_pairs(models: Models, pairs: list[tuple[list[int], list[int], list[int
     prompts, chosen, rejected = zip(*pairs, strict=True)
     ids, attention, mask = join(models, prompts * 2, chosen + rejected)
     with models.autocast():
-        scores = at_end(models.reward(ids, attention)[:, -mask.shape[1] - 1 :], mask)
+        scores = at_end(models.reward(ids, attention, mask.shape[1] + 1), mask)
     return scores.view(2, -1)
 
 
@@ -803,10 +824,10 @@ def assess(models: Models, ids: Tensor, attention: Tensor, mask: Tensor) -> tupl
     size = models.args.micro_batch_size or models.args.minibatch_size
     for part in zip(ids.split(size), attention.split(size), strict=True):
         with models.autocast():
-            prefix_scores = models.reward(*part)[:, -length - 1 :]
+            prefix_scores = models.reward(*part, length + 1)
             logits, states = models.policy(*part, length)
             values = models.value(*part, states)
-            ref_states = hidden_states(models.reference.base_model, *part)[:, -length - 1 : -1]
+            ref_states = hidden_states(models.reference.base_model, *(x[:, :-1] for x in part), length)
             ref_logits = models.reference.lm_head(ref_states).float()
         logprobs, ref_logprobs = (gather_logprobs(x, part[0][:, -length:]) for x in (logits, ref_logits))
         log_policy = logits.log_softmax(-1)
@@ -830,18 +851,22 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
         ids, attention, mask, ref_states, old_logprobs, old_values, advantages, returns, weight = part
         with models.autocast():
             logits, states = models.policy(ids, attention, mask.shape[1])
-            new_values = models.value(ids, attention, states)[:, : weight.shape[1]]
             ref_logits = models.reference.lm_head(ref_states).float() if kl_coef else logits
         new_logprobs = gather_logprobs(logits, ids[:, -mask.shape[1] :])
         kl = categorical_kl(logits, ref_logits) if kl_coef else torch.zeros_like(new_logprobs)
         new_logprobs, kl = (per_action(x, mask, args.action_level) for x in (new_logprobs, kl))
-        columns = (weight, new_logprobs, old_logprobs, advantages, new_values, old_values, returns, kl)
-        w, logp, old_logp, advantage, value, old_value, target, kl = (x[weight > 0] for x in columns)
+        columns = (weight, new_logprobs, old_logprobs, advantages, kl, old_values, returns)
+        w, logp, old_logp, advantage, kl, old_value, target = (x[weight > 0] for x in columns)
         policy_loss = (w * clipped_policy_loss(logp, old_logp, advantage, args.clip_coef)).sum()
-        critic_loss = (w * value_loss(value, old_value, target, clip_vloss)).sum()
         mean_kl = (w * kl).sum()
-        loss = policy_loss + args.vf_coef * critic_loss + kl_coef * mean_kl
-        loss.backward()
+        loss = policy_loss + kl_coef * mean_kl
+        if not args.shared_critic:  # then the actor's activations can go before the critic's come
+            loss.backward()
+            loss = 0.0
+        with models.autocast():
+            new_value = models.value(ids, attention, states)[:, : weight.shape[1]][weight > 0]
+        critic_loss = (w * value_loss(new_value, old_value, target, clip_vloss)).sum()
+        (loss + args.vf_coef * critic_loss).backward()
         parts.append(torch.stack((policy_loss, critic_loss, mean_kl)).detach())
         all_logprobs.append(new_logprobs.detach())
     return torch.stack(parts).sum(0), torch.cat(all_logprobs)

@@ -1,4 +1,4 @@
-"""Draws results/learning.csv and results/penalty.csv into PNG files and prints the tables for README.md.
+"""Draws results/learning.csv, penalty.csv and rlhf.csv into PNG files and prints the tables for README.md.
 
 python benchmarks/plot.py
 """
@@ -26,6 +26,8 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     draw_controller([row for row in rows if row["variant"].startswith("target")])
     compare([row for row in rows if not row["variant"].startswith("target")])
+    with (RESULTS / "rlhf.csv").open() as file:
+        draw_rlhf(list(csv.DictReader(file)))
 
 
 def draw(script: str, rows: list[dict[str, str]]) -> None:
@@ -102,6 +104,33 @@ def compare(rows: list[dict[str, str]]) -> None:
             each = ", ".join(f"{x:.0f}" for x in returns)
             cells.append(f"**{statistics.median(returns):.0f}** ({each})" if returns else "-")
         print(f"| {task} | " + " | ".join(cells) + " |")
+
+
+def draw_rlhf(rows: list[dict[str, str]]) -> None:
+    """Score, gold and KL of each seed over the answers, and a table of the evaluations."""
+    curves, evaluations = defaultdict(list), defaultdict(dict)
+    for row in rows:
+        point = (int(row["step"]), float(row["value"]))
+        if row["what"].startswith("rlhf/"):
+            curves[row["what"], row["seed"]].append(point)
+        else:
+            evaluations[row["seed"]][row["what"].split("/")[1]] = point[1]
+    labels = {"rlhf/score": "reward model's score", "rlhf/gold": "labeller's score", "rlhf/kl": "KL, nats"}
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3), layout="constrained")
+    for panel, (tag, label) in zip(panels, labels.items(), strict=True):
+        for color, seed in enumerate(evaluations):
+            line = dict(color=f"C{color}", linewidth=1, label=f"seed {seed}")
+            panel.plot(*zip(*curves[tag, seed], strict=True), **line)
+        panel.set_title(label, fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[2].axhline(3, color="black", linewidth=1, linestyle="dotted")  # the target
+    panels[0].legend(fontsize=7)
+    figure.supxlabel("answers")
+    figure.savefig(RESULTS / "rlhf.png", dpi=80)
+    names = ("accuracy", "win_rate", "gold", "kl", "finished", "distinct")
+    print("| seed | " + " | ".join(names) + " |\n|-|" + "-|" * len(names))
+    for seed, values in evaluations.items():
+        print(f"| {seed} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |")
 
 
 if __name__ == "__main__":

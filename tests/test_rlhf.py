@@ -132,9 +132,11 @@ class TestModels:
         models = make_models()
         ids, attention, mask = rows(models, TEXTS)
         changed = ids.clone()
-        changed[:, -1] = 65
+        changed[:, -2] = 65  # what the logits before the last are for
         before, after = (models.policy(x, attention, mask.shape[1])[0] for x in (ids, changed))
-        torch.testing.assert_close(before, after)  # the last token is what the last logits are for
+        torch.testing.assert_close(before[:, :-1], after[:, :-1])
+        # the last ones follow it, in the longest text
+        assert (before[3, -1] - after[3, -1]).abs().max() > 0.1
 
     def test_padding_and_neighbours_change_nothing(self):
         models = make_models()
@@ -156,6 +158,16 @@ class TestModels:
             pieces.append(output.logits)
         real = attention.bool()
         torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-5, rtol=1e-4)
+
+    def test_the_last_states_are_the_same_whether_the_others_are_asked_for_or_not(self):
+        models = make_models()
+        ids, attention, _ = rows(models, TEXTS)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        states, last = (
+            models.actor.base_model(ids, attention, positions, keep=keep).last_hidden_state for keep in (0, 3)
+        )
+        assert states.shape[1] == ids.shape[1]
+        torch.testing.assert_close(last, states[:, -3:])
 
     def test_answers_end_at_their_first_end_and_what_follows_is_padding(self):
         models = make_models()
@@ -198,9 +210,9 @@ class TestSelfCheck:
             rlhf.check_models(models, PROMPTS, fresh)
 
     def test_notices_positions_that_do_not_come_from_the_mask(self, monkeypatch):
-        def trap(trunk, ids, attention):
+        def trap(trunk, ids, attention, length):
             positions = torch.arange(ids.shape[1]).expand_as(ids)
-            return trunk(ids, attention, positions).last_hidden_state
+            return trunk(ids, attention, positions, keep=length).last_hidden_state
 
         monkeypatch.setattr(rlhf, "hidden_states", trap)
         self.refused(make_models(), "sampled|padding")

@@ -1,0 +1,123 @@
+"""Seconds per iteration of ppo_rlhf_llm.py against TRL 1.12.0, the last with PPO, on the same work.
+
+    python benchmarks/rlhf_speed.py                        writes benchmarks/results/rlhf_speed.csv
+
+Four models of 0.83 million parameters, 64 prompts of 16 tokens, answers of 32, 4 epochs, one minibatch, two
+threads. The sides take turns, each in a fresh process, so that a noisy machine disturbs all alike; what
+counts is the ratio of the medians. TRL is installed into an environment of its own, runs/trl.
+"""
+
+import csv
+import importlib.util
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "rlhf_speed.csv"
+TRL = ROOT / "runs" / "trl"
+ITERATIONS, TURNS = 8, 5
+N, P, L, V, WIDTH, LAYERS, HEADS = 64, 16, 32, 258, 128, 4, 4
+
+
+def ours(bf16: bool) -> list[float]:
+    """The moments at which iterations end."""
+    spec = importlib.util.spec_from_file_location("ppo_rlhf_llm", ROOT / "ppo_rlhf_llm.py")
+    rlhf = sys.modules["ppo_rlhf_llm"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rlhf)
+    import torch
+
+    torch.set_num_threads(2)
+    moments, explained_variance = [], rlhf.explained_variance  # called once, at the end of an iteration
+    rlhf.explained_variance = lambda *x: moments.append(time.perf_counter()) or explained_variance(*x)
+    rlhf.ByteTokenizer.eos_token_id = -1  # no answer ends early
+    rlhf.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
+    rlhf.fine_tune = rlhf.learn_reward = lambda *_: 0
+    rlhf.evaluate = lambda *_: ({}, [])
+    rlhf.built_in_data = lambda args: rlhf.Data([], ["x" * P] * N, [], lambda prompt, answer: 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = dict(layers=LAYERS, heads=HEADS, width=WIDTH, batch_size=N, answer_length=L)
+        work = dict(num_minibatches=1, update_epochs=4, total_episodes=N * ITERATIONS, bf16=bf16)
+        work |= dict(checkpoint_every=ITERATIONS)  # TRL saves nothing here, either
+        rlhf.train(rlhf.Args(**shape, **work, run_dir=f"{folder}/run"))
+    return moments
+
+
+def trl() -> list[float]:
+    """The same for TRL's PPOTrainer."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
+    from transformers import PreTrainedTokenizerFast as Fast
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    torch.set_num_threads(2)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    shape = dict(vocab_size=V, n_positions=128, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
+    special = dict(num_labels=1, pad_token_id=257, bos_token_id=256, eos_token_id=256)
+    config = GPT2Config(**no_dropout, **shape, **special)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
+    tokenizer = Fast(tokenizer_object=words, pad_token="t257", eos_token="t256", padding_side="left")
+    policy, reference = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    reward, value = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
+    data = Dataset.from_dict({"input_ids": torch.randint(0, 256, (N * ITERATIONS, P)).tolist()})
+    moments = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            moments.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = dict(num_mini_batches=1, num_ppo_epochs=4, response_length=L, total_episodes=N * ITERATIONS)
+        batch = dict(per_device_train_batch_size=N, local_rollout_forward_batch_size=N, temperature=1.0)
+        quiet = dict(num_sample_generations=0, report_to="none", save_strategy="no", logging_strategy="no")
+        args = PPOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, disable_tqdm=True, **work, **batch, **quiet
+        )
+        PPOTrainer(args, tokenizer, policy, reference, reward, data, value, callbacks=[Clock()]).train()
+    return moments
+
+
+SIDES = {"ours": lambda: ours(bf16=False), "ours --bf16": lambda: ours(bf16=True), "trl": trl}
+
+
+def main() -> None:
+    """Measures the sides in turns and writes the results."""
+    if len(sys.argv) > 1:  # one turn of one side
+        moments = SIDES[sys.argv[1]]()
+        mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print((moments[-1] - moments[0]) / (len(moments) - 1), mebibytes)
+        return
+    pythons = dict.fromkeys(SIDES, sys.executable) | {"trl": str(TRL / "bin" / "python")}
+    if not Path(pythons["trl"]).exists():
+        venv.create(TRL, with_pip=True)
+        subprocess.run([pythons["trl"], "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"], check=True)
+    processor = Path("/proc/cpuinfo")
+    if not (processor.exists() and "bf16" in processor.read_text()):
+        print("this processor has no bfloat16 arithmetic: --bf16 is not measured")
+        del pythons["ours --bf16"]
+    rows = []
+    for turn in range(1, TURNS + 1):
+        for side, python in pythons.items():
+            command = [python, __file__, side]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seconds, mebibytes = (float(word) for word in output.split()[-2:])
+            rows.append([side, turn, round(seconds, 3), round(mebibytes)])
+            print(f"{side:12s} {seconds:6.3f} s an iteration, {mebibytes:5.0f} MiB", flush=True)
+    seconds = {side: statistics.median(row[2] for row in rows if row[0] == side) for side in pythons}
+    for side in pythons.keys() - {"trl"}:
+        print(f"{side}: {seconds['trl'] / seconds[side]:.2f} times as fast as TRL (medians)")
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["side", "turn", "seconds_per_iteration", "peak_mebibytes"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
