@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "numpy>=2", "tyro>=1.0.17", "tensorboard>=2.18", "tqdm>=4.60"]
+# dependencies = [
+#     "torch>=2.6", "numpy>=2", "safetensors>=0.4", "tyro>=1.0.17", "tensorboard>=2.18", "tqdm>=4.60"
+# ]
 # ///
 """Reinforcement learning from human feedback (RLHF) with PPO: one file from end to end.
 
@@ -9,11 +11,13 @@
     python ppo_rlhf_llm.py --resume runs/NAME              goes on as if it had never stopped
     python ppo_rlhf_llm.py --evaluate runs/NAME            compares the saved policy with the SFT model
     python ppo_rlhf_llm.py --evaluate runs/NAME --generate "My kettle leaks."
+    python ppo_rlhf_llm.py --cuda --model PATH_OR_ID --sft-data FILE --preference-data FILE --prompt-data FILE
 
 Stage 1, supervised fine-tuning (SFT): a language model learns to answer as the texts do. Stage 2, reward
 model: it learns from pairs of answers which one a labeller prefers. Stage 3, PPO: the language model learns
 to give answers that the reward model scores high, without leaving the SFT model far behind.
 With nothing downloaded: texts come from a small grammar, preferences from a labeller that follows rules.
+With a model of the transformers library (--model) and JSONL files: the same, for real.
 
 Papers: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347; RLHF, Ziegler et al. 2019,
 https://arxiv.org/abs/1909.08593; InstructGPT, Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
@@ -31,7 +35,10 @@ on the right, so that every answer begins in column P. Answer token t is drawn a
 import argparse
 import copy
 import dataclasses
+import importlib
+import inspect
 import io
+import json
 import math
 import os
 import random
@@ -43,13 +50,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -111,8 +120,24 @@ class Args:
     """weight of the loss of stage 1, a mean over tokens, in stage 3 (gamma of InstructGPT)"""
     shared_critic: bool = False
     """make the critic a head on the actor's trunk (else: a model of its own, at first the reward model)"""
+    model: str | None = None
+    """causal language model of transformers, a folder or a name on the hub (None: the built-in GPT)"""
+    reward_model: str | None = None
+    """sequence classifier of transformers with one label, instead of stage 2"""
+    reward_function: str | None = None
+    """MODULE:NAME of a Python function (prompts, answers) -> scores, instead of stage 2"""
+    skip_sft: bool = False
+    """leave out stage 1: the model is fine-tuned already"""
+    sft_data: str | None = None
+    """JSONL file for stage 1: prompt and completion in each line, or text"""
+    preference_data: str | None = None
+    """JSONL file for stage 2: prompt, chosen, rejected"""
+    prompt_data: str | None = None
+    """JSONL file for stage 3: prompt (None: those of the other files)"""
+    ptx_data: str | None = None
+    """JSONL file for --ptx-coef: text (None: the texts of stage 1)"""
     layers: int = 2
-    """blocks of the language model"""
+    """blocks of the built-in language model"""
     heads: int = 4
     """attention heads of each block"""
     width: int = 96
@@ -199,6 +224,10 @@ class Args:
                 f"--kl-target multiplies --kl-coef {self.kl_coef:g}, which may not be 0, and --kl-horizon "
                 f"{self.kl_horizon} may not be less than --batch-size {rows}; --kl-target None keeps kl_coef"
             )
+        if self.reward_model and self.reward_function:
+            raise ValueError("--reward-model and --reward-function both give scores: leave one out")
+        if self.dense_reward and (self.reward_model or self.reward_function):
+            raise ValueError("--dense-reward needs the reward model of stage 2: others score whole answers")
         if self.resume and self.evaluate:
             raise ValueError("--resume goes on training and --evaluate only answers: give one of them")
         if self.generate and not self.evaluate:
@@ -348,10 +377,10 @@ class ByteTokenizer:
 
     eos_token_id, pad_token_id, size = 256, 257, 258
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **_) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], **_) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
@@ -444,14 +473,73 @@ class GPT(nn.Module):
         output.logits = self.lm_head(output.last_hidden_state)
         return output
 
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+
+def load_pretrained(option: str, path: str, kind: str) -> tuple[nn.Module, Any]:
+    """A model of the transformers library and its tokenizer, from a folder or the hub."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{option} needs transformers: pip install transformers") from error
+    try:
+        model = getattr(transformers, "AutoModelFor" + kind).from_pretrained(path, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{option} {path}: {error}") from error
+
+
+def load_language_model(path: str) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer, which has an end, and padding that is not the end."""
+    model, tokenizer = load_pretrained("--model", path, "CausalLM")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {path}: its tokenizer has no end token, so answers cannot end")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+def load_score_function(args: Args) -> Callable | None:
+    """(prompts, answers) -> scores, by a function or a classifier; None: stage 2 learns a reward model."""
+    if args.reward_function:
+        module, _, name = args.reward_function.partition(":")
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"--reward-function {args.reward_function}: {error}") from error
+    if not args.reward_model:
+        return None
+    classifier, tokenizer = load_pretrained("--reward-model", args.reward_model, "SequenceClassification")
+    if (labels := classifier.config.num_labels) != 1:
+        raise UserError(f"--reward-model {args.reward_model} has {labels} labels, not one")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    classifier.to("cuda" if args.cuda else "cpu").eval()
+
+    def score(prompts: list[str], answers: list[str]) -> Tensor:
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(classifier.device)
+        return classifier(**batch).logits[:, 0].float()
+
+    return score
+
+
+def call(model: nn.Module, **inputs: Any) -> Any:
+    """Calls a model with those of the inputs that it takes: Bloom, for one, takes no positions."""
+    taken = inspect.signature(model.forward).parameters
+    return model(**{name: value for name, value in inputs.items() if name in taken})
+
 
 def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor, length: int) -> Tensor:
     """Tokens (B, S), attention (B, S): 0 for padding -> hidden states of the last tokens (B, length, D)."""
     # positions count from the first real token: padding on the left must not shift what comes after
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    options = {"keep": length} if isinstance(trunk, Transformer) else {}
-    output = trunk(input_ids=ids, attention_mask=attention, position_ids=positions, **options)
-    return output.last_hidden_state[:, -length:]
+    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+    return call(trunk, **inputs, use_cache=False, keep=length).last_hidden_state[:, -length:]
 
 
 def one_number(head: nn.Linear, states: Tensor) -> Tensor:
@@ -473,17 +561,27 @@ class ScalarModel(nn.Module):
         return one_number(self.head, hidden_states(self.trunk, ids, attention, length))
 
 
+LOGITS_AT_ONCE = 2**24  # as a batch has logits for tokens x vocabulary
+
+
 class Models(nn.Module):
     """The four models of RLHF, without dropout (it would make another ratio than one), and beta."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.args, self.tokenizer = args, ByteTokenizer()
-        self.bf16 = args.bf16 or args.cuda
-        self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
+        self.args, self.bf16, self.tokenizer = args, args.bf16 or args.cuda, ByteTokenizer()
+        if args.model:
+            self.actor, self.tokenizer = load_language_model(args.model)
+        else:
+            self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
+        width = self.actor.get_output_embeddings().weight.shape[1]
         self.reference = copy.deepcopy(self.actor).requires_grad_(False)  # the SFT model, once there is one
-        self.reward = ScalarModel(copy.deepcopy(self.actor.base_model), args.width)
-        self.critic = nn.Linear(args.width, 1) if args.shared_critic else copy.deepcopy(self.reward)
+        critic = ScalarModel(copy.deepcopy(self.actor.base_model), width)
+        self.score_function = load_score_function(args)
+        self.reward = None if self.score_function else copy.deepcopy(critic)
+        self.critic = nn.Linear(width, 1) if args.shared_critic else critic
+        for name, value in (("score_mean", 0.0), ("score_deviation", 1.0)):
+            self.register_buffer(name, torch.tensor(value))
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
         self.eval()
 
@@ -491,10 +589,50 @@ class Models(nn.Module):
         """Matrix products in bfloat16 if the user asked for it; losses and weights stay in float32."""
         return torch.autocast(self.kl_coef.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def policy(self, ids: Tensor, attention: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Before each of the last L tokens: logits (B, L, V) and hidden states (B, L, D) of the actor."""
-        states = hidden_states(self.actor.base_model, ids[:, :-1], attention[:, :-1], length)
-        return self.actor.lm_head(states).float(), states
+    def states_before(self, model: nn.Module, ids: Tensor, attention: Tensor, length: int) -> Tensor:
+        """Hidden states of the actor or the reference before each of the last L tokens, (B, L, D)."""
+        return hidden_states(model.base_model, ids[:, :-1], attention[:, :-1], length)
+
+    def over_vocabulary(self, tokens: Tensor, states: Tensor, ref_states: Tensor | None = None) -> tuple:
+        """Log-probabilities of tokens (B, L) by the actor, whose states (B, L, D) precede them; (B, L).
+
+        With the reference's states also: its log-probabilities, the exact KL(actor, reference), the entropy.
+        Logits exist for a chunk at a time and are computed again for the backward pass: of a large vocabulary
+        (Bloom: 250,880) those of a whole batch would need more memory than the model.
+        """
+
+        def function(tokens: Tensor, states: Tensor, ref_states: Tensor | None = None) -> tuple[Tensor, ...]:
+            with self.autocast():
+                logits = self.actor.get_output_embeddings()(states).float()
+            if ref_states is None:
+                return (gather_logprobs(logits, tokens),)
+            with self.autocast():
+                ref_logits = self.reference.get_output_embeddings()(ref_states).float()
+            log_policy = logits.log_softmax(-1)
+            logprobs, ref_logprobs = gather_logprobs(logits, tokens), gather_logprobs(ref_logits, tokens)
+            entropy = -(log_policy.exp() * log_policy).sum(-1)
+            return logprobs, ref_logprobs, categorical_kl(logits, ref_logits), entropy
+
+        rows = [x.flatten(0, 1) for x in (tokens, states, ref_states) if x is not None]
+        size = max(1, LOGITS_AT_ONCE // self.actor.get_output_embeddings().weight.shape[0])
+        if len(rows[0]) <= size:
+            parts = [function(*rows)]
+        else:
+            chunked = zip(*(x.split(size) for x in rows), strict=True)
+            parts = [checkpoint(function, *part, use_reentrant=False) for part in chunked]
+        return tuple(torch.cat(column).view_as(tokens) for column in zip(*parts, strict=True))
+
+    def prefix_scores(self, ids: Tensor, attention: Tensor, length: int) -> Tensor:
+        """Scores of all beginnings of the answer, (B, L + 1); a function scores the whole answer only."""
+        if self.score_function is None:
+            return self.reward(ids, attention, length + 1)
+        mask = attention.bool()
+        prompts = decode(self, ids[:, :-length], mask[:, :-length])
+        scores = self.score_function(prompts, decode(self, ids, mask[:, -length:]))
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=ids.device)
+        scores = (scores - self.score_mean) / self.score_deviation
+        ends = mask[:, -length:].sum(1, keepdim=True)
+        return torch.zeros_like(ids[:, -length - 1 :], dtype=torch.float32).scatter(1, ends, scores[:, None])
 
     def value(self, ids: Tensor, attention: Tensor, states: Tensor) -> Tensor:
         """V before each of the last tokens, (B, L); states (B, L, D) are the actor's there."""
@@ -543,12 +681,16 @@ WORDS |= {"it", "that", "the", "your"}
 
 @dataclass
 class Data:
-    """What the stages learn from and are judged by. To use your own: the one function below to replace."""
+    """What the stages learn from and are judged by. To use your own: files, or the one function below."""
 
-    texts: list[tuple[str, str]]  # prompts and answers, for stage 1 and for ptx
+    texts: list[tuple[str, str]]  # prompts and answers, for stage 1
     prompts: list[str]  # for stages 2 and 3
-    held_out_texts: list[tuple[str, str]]  # for evaluations: other prompts than above
-    labeller: Callable[[str, str], float]  # (prompt, answer) -> how good it is: the "gold" score
+    held_out_texts: list[tuple[str, str]]  # for evaluations, and so are these prompts
+    held_out_prompts: list[str]
+    labeller: Callable[[str, str], float] | None = None  # (prompt, answer) -> how good it is, "gold"; or
+    pairs: Sequence[tuple[str, str, str]] = ()  # prompt, chosen and rejected answer
+    held_out_pairs: Sequence[tuple[str, str, str]] = ()
+    ptx_texts: Sequence[tuple[str, str]] = ()
 
 
 def built_in_data(args: Args) -> Data:
@@ -571,7 +713,9 @@ def built_in_data(args: Args) -> Data:
 
     held_out, others = cases[:HELD_OUT], cases[HELD_OUT:]
     texts = [text(draw.choice(others)) for _ in range(args.num_texts)]
-    return Data(texts, [text(case)[0] for case in others], [text(case) for case in held_out], gold_score)
+    held_out_texts = [text(case) for case in held_out]
+    prompts, held_out_prompts = [text(case)[0] for case in others], [prompt for prompt, _ in held_out_texts]
+    return Data(texts, prompts, held_out_texts, held_out_prompts, gold_score)
 
 
 def gold_score(prompt: str, answer: str) -> float:
@@ -589,6 +733,65 @@ def gold_score(prompt: str, answer: str) -> float:
     return score - 2.0 * (len(sentences) - len(set(sentences))) - 0.02 * len(answer)
 
 
+def read_jsonl(models: Models, path: str, *forms: str) -> list[tuple[str, ...]]:
+    """A file with a JSON object in each line -> its texts under the keys of the first form that it has.
+
+    A line that is none of the forms is refused; one that is too long is left out, and that is said.
+    """
+    rows, left_out, forms = [], [], [form.split() for form in forms]
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode())
+            texts = next([entry[key] for key in keys] for keys in forms if set(keys) <= set(entry))
+            "".join(texts).encode()  # fails for half a surrogate, and for what is no text
+        except (ValueError, TypeError, StopIteration) as error:
+            expected = " or ".join(", ".join(keys) for keys in forms)
+            raise UserError(f"{path}, line {number}: not a JSON object with texts for {expected}") from error
+        prompt, *answers = texts if len(texts) > 1 or forms == [["prompt"]] else ("", *texts)
+        try:
+            encode(models, [(prompt, answer) for answer in answers or [""]])
+        except UserError as error:
+            left_out.append(f"line {number}: {error}")
+            continue
+        rows.append((prompt, *answers))
+    if left_out:
+        print(f"{path}: {len(left_out)} lines are left out, the first is {left_out[0]}", file=sys.stderr)
+    if len(rows) < 10:
+        raise UserError(f"{path} has {len(rows)} lines that can be used; 10 is the least")
+    return rows
+
+
+def load_data(models: Models) -> Data:
+    """What the files of the options hold, a tenth of it (200 rows at most) held out; or the built-in job."""
+    args = models.args
+    ptx_texts = read_jsonl(models, args.ptx_data, "text") if args.ptx_data else []
+    if not (args.sft_data or args.preference_data or args.prompt_data):
+        data = built_in_data(args)
+        return dataclasses.replace(data, ptx_texts=ptx_texts or data.texts)
+    texts = read_jsonl(models, args.sft_data, "prompt completion", "text") if args.sft_data else []
+    pairs = read_jsonl(models, args.preference_data, "prompt chosen rejected") if args.preference_data else []
+    prompts = read_jsonl(models, args.prompt_data, "prompt") if args.prompt_data else texts + pairs
+    prompts = list(dict.fromkeys(row[0] for row in prompts if row[0]))
+    for missing, options in (
+        (not (texts or args.skip_sft), "--sft-data for stage 1, or --skip-sft"),
+        (not (pairs or models.score_function), "--preference-data for stage 2, or a --reward-model"),
+        (len(prompts) < 10, "--prompt-data with 10 prompts or more for stage 3"),
+        (args.ptx_coef and not ptx_texts + texts, "--ptx-data for --ptx-coef"),
+    ):
+        if missing:
+            raise UserError(f"beside the other files it needs {options}")
+    draw, split = random.Random(derive_seed(args.seed, 0)), []
+    for rows in (texts, prompts, pairs):
+        draw.shuffle(rows)
+        held_out = min(len(rows) // 10, HELD_OUT)
+        split.append((rows[held_out:], rows[:held_out]))
+    (texts, held_out_texts), (prompts, held_out_prompts), (pairs, held_out_pairs) = split
+    ptx_texts = ptx_texts or texts
+    return Data(texts, prompts, held_out_texts, held_out_prompts, None, pairs, held_out_pairs, ptx_texts)
+
+
 def derive_seed(*key: int) -> int:
     """A 32-bit seed from a tuple of numbers; other tuples, of other lengths too, give unrelated seeds."""
     return int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1)[0])
@@ -596,11 +799,15 @@ def derive_seed(*key: int) -> int:
 
 def encode(models: Models, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers as tokens; an answer has an end, which is to be learned like the rest of it."""
-    args, tokenizer = models.args, models.tokenizer
-    rows = [(tokenizer.encode(p), [*tokenizer.encode(a), tokenizer.eos_token_id]) for p, a in texts]
-    if not all(prompt for prompt, _ in rows):
+    args, rows = models.args, []
+    for prompt, answer in texts:
+        prompt = models.tokenizer.encode(prompt)
+        answer = [*models.tokenizer.encode(answer, add_special_tokens=False), models.tokenizer.eos_token_id]
+        # a text without a prompt begins with its first token
+        rows.append((prompt, answer) if prompt else (answer[:1], answer[1:]))
+    if not all(answer for _, answer in rows):
         raise UserError("a prompt is empty")
-    longest = max(len(prompt) + max(len(answer), args.answer_length) for prompt, answer in rows)
+    longest = max((len(prompt) + max(len(answer), args.answer_length) for prompt, answer in rows), default=0)
     if longest > args.context:
         raise UserError(f"prompt and answer have up to {longest} tokens, and --context is {args.context}")
     return rows
@@ -630,13 +837,8 @@ def generate(models: Models, model: GPT, prompts: Sequence[str]) -> tuple[Tensor
     alive, mask, logprobs = torch.ones_like(tokens[:, :1], dtype=torch.bool), [], []
     for _ in range(models.args.answer_length):
         with models.autocast():
-            output = model(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
+            inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
+            output = call(model, **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         log_policy, cache = output.logits[:, -1].float().log_softmax(-1), output.past_key_values
         tokens = torch.multinomial(log_policy.exp(), 1)
         logprobs.append(log_policy.gather(1, tokens))
@@ -652,7 +854,9 @@ def generate(models: Models, model: GPT, prompts: Sequence[str]) -> tuple[Tensor
 def decode(models: Models, ids: Tensor, mask: Tensor) -> list[str]:
     """The answers as text. ids (B, S), mask (B, L)."""
     answers = ids[:, -mask.shape[1] :]
-    return [models.tokenizer.decode(row[kept].tolist()) for row, kept in zip(answers, mask, strict=True)]
+    rows = [row[kept].tolist() for row, kept in zip(answers, mask, strict=True)]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [models.tokenizer.decode(row, **options) for row in rows]
 
 
 def finished_answers(models: Models, ids: Tensor, mask: Tensor) -> Tensor:
@@ -686,8 +890,9 @@ def lm_loss(models: Models, texts: list[tuple[list[int], list[int]]]) -> Tensor:
     """-log p(answers | prompts) of the actor, in nats, as a sum over all tokens of the answers."""
     ids, attention, mask = join(models, *zip(*texts, strict=True))
     with models.autocast():
-        logits, _ = models.policy(ids, attention, mask.shape[1])
-    return -(gather_logprobs(logits, ids[:, -mask.shape[1] :]) * mask).sum()
+        states = models.states_before(models.actor, ids, attention, mask.shape[1])
+    (logprobs,) = models.over_vocabulary(ids[:, -mask.shape[1] :], states)
+    return -(logprobs * mask).sum()
 
 
 def score_pairs(models: Models, pairs: list[tuple[list[int], list[int], list[int]]]) -> Tensor:
@@ -754,16 +959,18 @@ def fit(
 
 def fine_tune(models: Models, data: Data, writer: SummaryWriter) -> int:
     """Stage 1: the actor learns to answer as the texts do, and becomes the reference -> the next step."""
-    rows, held_out = encode(models, data.texts), encode(models, data.held_out_texts)
-    step = fit(models, models.actor, lm_loss, rows, "sft", writer, 0)
+    step, held_out = 0, encode(models, data.held_out_texts)
+    if not models.args.skip_sft:
+        step = fit(models, models.actor, lm_loss, encode(models, data.texts), "sft", writer, 0)
     models.reference.load_state_dict(models.actor.state_dict())
-    with torch.no_grad():
-        losses = [lm_loss(models, part) for part in chunks(held_out, models.args.batch_size)]
-    loss = sum(losses).item() / sum(len(answer) for _, answer in held_out)
-    writer.add_scalar("sft/held_out_loss", loss, step)
-    prompts = [prompt for prompt, _ in data.held_out_texts[:3]]
-    ids, _, mask, _ = generate(models, models.reference, prompts)
-    print(f"SFT: {loss:.3f} nats per token of held-out texts; it says", decode(models, ids, mask))
+    if held_out:
+        with torch.no_grad():
+            losses = [lm_loss(models, part) for part in chunks(held_out, models.args.batch_size)]
+        loss = sum(losses).item() / sum(len(answer) for _, answer in held_out)
+        writer.add_scalar("sft/held_out_loss", loss, step)
+        print(f"SFT: {loss:.3f} nats per token of held-out texts")
+    ids, _, mask, _ = generate(models, models.reference, data.held_out_prompts[:3])
+    print("SFT model says", decode(models, ids, mask))
     return step
 
 
@@ -789,25 +996,56 @@ def sample_pairs(models: Models, prompts: list[str], labeller: Callable) -> tupl
     return pairs, ceiling
 
 
+def encode_pairs(models: Models, pairs: Sequence[tuple[str, str, str]]) -> list[tuple]:
+    """Prompt, chosen and rejected answer as tokens."""
+    chosen = encode(models, [(prompt, answer) for prompt, answer, _ in pairs])
+    rejected = encode(models, [(prompt, answer) for prompt, _, answer in pairs])
+    return [(prompt, answer, other) for (prompt, answer), (_, other) in zip(chosen, rejected, strict=True)]
+
+
 def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -> int:
     """Stage 2: the reward model learns what the labeller prefers; the critic is its copy -> the next step."""
-    args = models.args
-    models.reward.trunk.load_state_dict(models.reference.base_model.state_dict())
-    prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.num_pairs,)).tolist()]
-    pairs, _ = sample_pairs(models, prompts, data.labeller)
-    held_out, ceiling = sample_pairs(models, [prompt for prompt, _ in data.held_out_texts] * 2, data.labeller)
-    step = fit(models, models.reward, pair_loss, pairs, "reward_model", writer, step)
-    with torch.no_grad():
-        scores = torch.cat([score_pairs(models, part) for part in chunks(held_out, args.batch_size)], 1)
-        # mean 0 and deviation 1 on answers of the SFT model, so that kl_coef means the same in every run
-        models.reward.head.weight.div_(scores.std())
-        models.reward.head.bias.sub_(scores.mean()).div_(scores.std())
-    if not args.shared_critic:
+    args, scores = models.args, None
+    if models.reward is not None:
+        models.reward.trunk.load_state_dict(models.reference.base_model.state_dict())
+        if data.labeller:
+            prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.num_pairs,)).tolist()]
+            pairs, _ = sample_pairs(models, prompts, data.labeller)
+            held_out, ceiling = sample_pairs(models, data.held_out_prompts * 2, data.labeller)
+        else:
+            pairs, held_out = (encode_pairs(models, rows) for rows in (data.pairs, data.held_out_pairs))
+            ceiling = math.nan
+        step = fit(models, models.reward, pair_loss, pairs, "reward_model", writer, step)
+        with torch.no_grad():
+            scores = torch.cat([score_pairs(models, x) for x in chunks(held_out, args.batch_size)], 1)
+        accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie is half right
+        writer.add_scalar("reward_model/accuracy", accuracy, step)
+        print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices (ceiling {ceiling:.1%})")
+    normalize_scores(models, scores if data.labeller else None, data.held_out_prompts)
+    if not args.shared_critic and models.reward is None:
+        models.critic.trunk.load_state_dict(models.reference.base_model.state_dict())
+    elif not args.shared_critic:
         models.critic.load_state_dict(models.reward.state_dict())
-    accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie is half right
-    writer.add_scalar("reward_model/accuracy", accuracy, step)
-    print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices (ceiling {ceiling:.1%})")
     return step
+
+
+@torch.no_grad()
+def normalize_scores(models: Models, scores: Tensor | None, prompts: list[str]) -> None:
+    """Mean 0 and deviation 1 on answers of the SFT model, so that kl_coef means the same in every run."""
+    if scores is None:
+        scores = []
+        for asked in chunks(prompts * 2, models.args.batch_size):
+            ids, attention, mask, _ = generate(models, models.reference, asked)
+            with models.autocast():
+                scores.append(at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask))
+        scores = torch.cat(scores)
+    mean, deviation = scores.mean(), scores.std()
+    if models.reward is None:
+        models.score_mean.copy_(mean)
+        models.score_deviation.copy_(deviation + 1e-8)  # a function may be constant
+    else:
+        models.reward.head.weight.div_(deviation)
+        models.reward.head.bias.sub_(mean).div_(deviation)
 
 
 # ---------------------------------------------------------------------------------------- the algorithm
@@ -824,16 +1062,12 @@ def assess(models: Models, ids: Tensor, attention: Tensor, mask: Tensor) -> tupl
     size = models.args.micro_batch_size or models.args.minibatch_size
     for part in zip(ids.split(size), attention.split(size), strict=True):
         with models.autocast():
-            prefix_scores = models.reward(*part, length + 1)
-            logits, states = models.policy(*part, length)
+            prefix_scores = models.prefix_scores(*part, length)
+            states = models.states_before(models.actor, *part, length)
             values = models.value(*part, states)
-            ref_states = hidden_states(models.reference.base_model, *(x[:, :-1] for x in part), length)
-            ref_logits = models.reference.lm_head(ref_states).float()
-        logprobs, ref_logprobs = (gather_logprobs(x, part[0][:, -length:]) for x in (logits, ref_logits))
-        log_policy = logits.log_softmax(-1)
-        entropy = -(log_policy.exp() * log_policy).sum(-1)
-        kl = categorical_kl(logits, ref_logits)
-        parts.append((prefix_scores, values, logprobs, ref_logprobs, kl, entropy, ref_states))
+            ref_states = models.states_before(models.reference, *part, length)
+        terms = models.over_vocabulary(part[0][:, -length:], states, ref_states)
+        parts.append((prefix_scores, values, *terms, ref_states))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -850,10 +1084,9 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
     for part in zip(*(x.split(size) for x in (*minibatch, weights)), strict=True):
         ids, attention, mask, ref_states, old_logprobs, old_values, advantages, returns, weight = part
         with models.autocast():
-            logits, states = models.policy(ids, attention, mask.shape[1])
-            ref_logits = models.reference.lm_head(ref_states).float() if kl_coef else logits
-        new_logprobs = gather_logprobs(logits, ids[:, -mask.shape[1] :])
-        kl = categorical_kl(logits, ref_logits) if kl_coef else torch.zeros_like(new_logprobs)
+            states = models.states_before(models.actor, ids, attention, mask.shape[1])
+        terms = models.over_vocabulary(ids[:, -mask.shape[1] :], states, ref_states if kl_coef else None)
+        new_logprobs, kl = terms[0], terms[2] if kl_coef else torch.zeros_like(terms[0])
         new_logprobs, kl = (per_action(x, mask, args.action_level) for x in (new_logprobs, kl))
         columns = (weight, new_logprobs, old_logprobs, advantages, kl, old_values, returns)
         w, logp, old_logp, advantage, kl, old_value, target = (x[weight > 0] for x in columns)
@@ -874,11 +1107,11 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
 
 def train(args: Args) -> list[dict[str, float]]:
     """The three stages. Returns the metrics of each iteration of stage 3."""
-    device, data = set_up_torch(args), built_in_data(args)
+    device = set_up_torch(args)
     torch.manual_seed(derive_seed(args.seed))
     models = Models(args).to(device)
-    texts, _ = encode(models, data.texts), encode(models, data.held_out_texts)
-    encode(models, [(prompt, "") for prompt in data.prompts])  # refuses what is too long
+    data = load_data(models)
+    ptx_texts, _ = encode(models, data.ptx_texts), encode(models, [(prompt, "") for prompt in data.prompts])
     run_dir, checkpoint = open_run(args)
     stage, first_iteration, step, history = 0, 0, 0, []  # step counts the texts that all stages have seen
     if checkpoint:
@@ -959,7 +1192,8 @@ def train(args: Args) -> list[dict[str, float]]:
             weights.grad.zero_()
             parts, new_logprobs = add_gradients(models, minibatch, in_loss)
             if args.ptx_coef:
-                some = [texts[i] for i in torch.randint(len(texts), (args.minibatch_size,)).tolist()]
+                chosen = torch.randint(len(ptx_texts), (args.minibatch_size,)).tolist()
+                some = [ptx_texts[i] for i in chosen]
                 ptx_losses.append(accumulate(models, lm_loss, some, args.ptx_coef))
             grad_norm = clip_gradient(weights, args.max_grad_norm)
             losses.append(torch.cat((parts, grad_norm.unsqueeze(0))))
@@ -978,10 +1212,8 @@ def train(args: Args) -> list[dict[str, float]]:
         policy_loss, critic_loss, loss_kl, grad_norm = torch.stack(losses).mean(0)
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
         new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
-        gold = [data.labeller(*x) for x in zip(prompts, decode(models, ids, mask), strict=True)]
         scalars = {
             "rlhf/score": scores.mean(),
-            "rlhf/gold": np.mean(gold),
             "rlhf/kl": answer_kl,
             "rlhf/response_length": mask.sum(1).float().mean(),
             "rlhf/finished": finished.float().mean(),
@@ -995,6 +1227,9 @@ def train(args: Args) -> list[dict[str, float]]:
             "charts/kl_coef": kl_coef,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
+        if data.labeller:
+            answers = zip(prompts, decode(models, ids, mask), strict=True)
+            scalars["rlhf/gold"] = np.mean([data.labeller(*answer) for answer in answers])
         if args.kl_in == "loss":
             scalars["losses/kl"] = loss_kl
         if args.ptx_coef:
@@ -1009,6 +1244,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
     progress.close()
     save_checkpoint(run_dir, args, models, optimizer, history, 2, args.num_iterations, step)
+    save_policy(models, run_dir / "policy")
     metrics, rows = evaluate(models, data)
     for tag, value in metrics.items():
         # one step later than the checkpoint, so that a run resumed here drops it and writes it again
@@ -1097,8 +1333,7 @@ def evaluate(models: Models, data: Data) -> tuple[dict[str, float], list[tuple]]
     """SFT model and policy answer held-out prompts, the labeller compares -> metrics, rows of a table."""
     args, rows, columns = models.args, [], []
     torch.manual_seed(derive_seed(args.seed, 0, 0, 1))
-    held_out = [prompt for prompt, _ in data.held_out_texts[: args.eval_prompts]]
-    for prompts in chunks(held_out, args.batch_size):
+    for prompts in chunks(data.held_out_prompts[: args.eval_prompts], args.batch_size):
         answers, scores = [], []
         for model in (models.reference, models.actor):  # what the loop leaves is of the actor
             ids, attention, mask, _ = generate(models, model, prompts)
@@ -1108,21 +1343,23 @@ def evaluate(models: Models, data: Data) -> tuple[dict[str, float], list[tuple]]
         finished = finished_answers(models, ids, mask)
         columns.append(torch.stack(((kl * mask).sum(1), mask.sum(1), finished)))
         for prompt, *row in zip(prompts, *answers, *scores, strict=True):
-            rows.append((prompt, *row, *(data.labeller(prompt, answer) for answer in row[:2])))
+            judged = [data.labeller(prompt, answer) for answer in row[:2]] if data.labeller else row[2:]
+            rows.append((prompt, *row, *judged))
     kl, lengths, finished = torch.cat(columns, 1).mean(1).tolist()
     before, after = np.array([row[-2:] for row in rows]).T
     win_rate = (np.sign(after - before) + 1).mean() / 2  # a tie is half a win
     low, high = wilson_interval(win_rate, len(rows))
     distinct = np.mean([len({row[2] for row in some}) / len(some) for some in chunks(rows, 100)])
-    metrics = {"win_rate": win_rate, "gold": after.mean(), "kl": kl, "distinct": distinct}
-    metrics |= {"finished": finished, "response_length": lengths}
-    for prompt, *answers, score, new_score, gold, new_gold in rows[:6]:
+    judge = "gold" if data.labeller else "score"
+    metrics = {"win_rate": win_rate, "kl": kl, "distinct": distinct, "finished": finished}
+    metrics |= {"response_length": lengths} | ({"gold": after.mean()} if data.labeller else {})
+    for prompt, *answers, score, new_score, judged, new_judged in rows[:6]:
         print(f"\n{prompt.strip()}")
-        print(f"  before: {answers[0]!r}  (reward {score:.1f}, gold {gold:.1f})")
-        print(f"  after:  {answers[1]!r}  (reward {new_score:.1f}, gold {new_gold:.1f})")
+        print(f"  before: {answers[0]!r}  (reward {score:.1f}, {judge} {judged:.1f})")
+        print(f"  after:  {answers[1]!r}  (reward {new_score:.1f}, {judge} {new_judged:.1f})")
     print(
         f"\nevaluation: better than SFT for {win_rate:.1%} of {len(rows)} prompts "
-        f"(95 %: {low:.1%} to {high:.1%}), gold {before.mean():.2f} -> {after.mean():.2f}, "
+        f"(95 %: {low:.1%} to {high:.1%}), {judge} {before.mean():.2f} -> {after.mean():.2f}, "
         f"KL {kl:.2f} nats, {lengths:.1f} tokens, {finished:.1%} finished, {distinct:.0%} distinct"
     )
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, rows
@@ -1216,6 +1453,19 @@ def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage
     os.replace(written, path)
 
 
+def save_policy(models: Models, folder: Path) -> None:
+    """What acts, in the files that the ecosystem reads; of a model of transformers all that it needs."""
+    policy = copy.deepcopy(models.actor)  # whose weights are no views of one vector
+    folder.mkdir(exist_ok=True)
+    if models.args.model:
+        policy.save_pretrained(folder)
+        models.tokenizer.save_pretrained(folder)
+    else:
+        save_file(policy.state_dict(), folder / "model.safetensors")
+        shape = {name: getattr(models.args, name) for name in ("context", "layers", "heads", "width")}
+        (folder / "config.json").write_text(json.dumps(shape | {"vocabulary": models.tokenizer.size}))
+
+
 def load_checkpoint(run_dir: str | Path) -> dict:
     """Reads run_dir/checkpoint.pt with weights_only=True, so nothing in it can execute."""
     path = Path(run_dir) / "checkpoint.pt"
@@ -1268,7 +1518,7 @@ def main() -> None:
                     ids, _, mask, _ = generate(models, model, [args.generate + "\n"])
                     print(f"{name}: {decode(models, ids, mask)[0]!r}")
             else:
-                evaluate(models, built_in_data(models.args))
+                evaluate(models, load_data(models))
         else:
             train(args)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written

@@ -39,7 +39,7 @@ def ours(bf16: bool) -> list[float]:
     rlhf.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
     rlhf.fine_tune = rlhf.learn_reward = lambda *_: 0
     rlhf.evaluate = lambda *_: ({}, [])
-    rlhf.built_in_data = lambda args: rlhf.Data([], ["x" * P] * N, [], lambda prompt, answer: 0.0)
+    rlhf.built_in_data = lambda args: rlhf.Data([], ["x" * P] * N, [], [], lambda prompt, answer: 0.0)
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(layers=LAYERS, heads=HEADS, width=WIDTH, batch_size=N, answer_length=L)
         work = dict(num_minibatches=1, update_epochs=4, total_episodes=N * ITERATIONS, bf16=bf16)

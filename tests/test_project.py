@@ -1,6 +1,7 @@
 """The project as a whole: shared text, files that stand alone, a README that tells the truth."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -56,8 +57,8 @@ def imported(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 class TestScript:
     def test_imports_nothing_of_this_project(self, script):
-        allowed = {"ale_py", "gymnasium", "numpy", "torch", "tqdm", "tyro", "wandb"} | sys.stdlib_module_names
-        assert imported(script) <= allowed
+        allowed = {"gymnasium", "numpy", "safetensors", "torch", "tqdm", "tyro"} | sys.stdlib_module_names
+        assert imported(script) <= allowed | {"ale_py", "transformers", "wandb"}  # these only if asked for
 
     def test_its_metadata_block_names_what_it_imports_in_ranges_that_hold_what_is_pinned(self, script):
         text = (ROOT / f"{script.__name__}.py").read_text()
@@ -173,9 +174,23 @@ def commands():
     return found
 
 
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """A function: script -> the folder of a short run of it, made once."""
+
+    @functools.cache
+    def make(script):
+        folder = tmp_path_factory.mktemp(script)
+        shutil.copy(ROOT / f"{script}.py", folder)
+        run(f"python {script}.py {SHORT[script == 'ppo_rlhf_llm']} --run-dir runs/NAME", folder)
+        return folder / "runs" / "NAME"
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mark", "line"), commands(), ids=lambda x: str(x)[:60])
-def test_every_command_of_the_readme_runs(mark, line, tmp_path):
+def test_every_command_of_the_readme_runs(mark, line, tmp_path, short_run):
     """As it is written where it is short; a training command marked long gets fewer steps."""
     if "mujoco" in mark:
         pytest.importorskip("mujoco", reason="needs requirements-extra.txt")
@@ -192,7 +207,7 @@ def test_every_command_of_the_readme_runs(mark, line, tmp_path):
         shutil.copy(path, tmp_path)
     if "runs/NAME" in line:
         (script,) = re.findall(r"ppo_\w+", line) or ["ppo_continuous"]
-        run(f"python {script}.py {SHORT[script == 'ppo_rlhf_llm']} --run-dir runs/NAME", tmp_path)
+        shutil.copytree(short_run(script), tmp_path / "runs" / "NAME")
     if "long" in mark and "runs/NAME" not in line and "--help" not in line:
         line = re.sub(r" --total-timesteps [\d_]+", "", line) + " " + SHORT["rlhf" in line]
     run(line, tmp_path)

@@ -1,6 +1,7 @@
 """RLHF: its equations by hand, and every trap that others fell into, built in to see that it is noticed."""
 
 import dataclasses
+import functools
 import math
 import sys
 
@@ -41,6 +42,11 @@ PROMPTS = [
     "Help! The kettle is too small.\n",
     "The bike never came, and I want it\n",
 ]
+
+
+def answer_logits(models, ids, attention, length):
+    """Logits of the actor before each of the last tokens, (B, length, V)."""
+    return models.actor.lm_head(models.states_before(models.actor, ids, attention, length))
 
 
 def rows(models, texts):
@@ -133,7 +139,7 @@ class TestModels:
         ids, attention, mask = rows(models, TEXTS)
         changed = ids.clone()
         changed[:, -2] = 65  # what the logits before the last are for
-        before, after = (models.policy(x, attention, mask.shape[1])[0] for x in (ids, changed))
+        before, after = (answer_logits(models, x, attention, mask.shape[1]) for x in (ids, changed))
         torch.testing.assert_close(before[:, :-1], after[:, :-1])
         # the last ones follow it, in the longest text
         assert (before[3, -1] - after[3, -1]).abs().max() > 0.1
@@ -184,7 +190,7 @@ class TestModels:
     def test_answers_are_drawn_from_the_softmax_of_the_logits(self):
         models = make_models(answer_length=1)
         ids, attention, _ = rows(models, [("a\n", "")])
-        expected = models.policy(ids, attention, 1)[0][0, 0].softmax(-1)
+        expected = answer_logits(models, ids, attention, 1)[0, 0].softmax(-1)
         drawn = rlhf.generate(models, models.actor, ["a\n"] * 20_000)[0][:, -1]
         frequencies = torch.bincount(drawn, minlength=258) / len(drawn)
         deviation = (expected * (1 - expected) / len(drawn)).sqrt()
@@ -220,6 +226,7 @@ class TestSelfCheck:
     def test_notices_attention_to_padding(self, monkeypatch):
         forward = rlhf.Transformer.forward
 
+        @functools.wraps(forward)
         def trap(self, input_ids, attention_mask, *rest, **named):
             return forward(self, input_ids, torch.ones_like(attention_mask), *rest, **named)
 
@@ -229,6 +236,7 @@ class TestSelfCheck:
     def test_notices_a_temperature_in_the_sampling(self, monkeypatch):
         forward = rlhf.GPT.forward
 
+        @functools.wraps(forward)
         def trap(self, *inputs, **named):
             output = forward(self, *inputs, **named)
             output.logits = output.logits / 0.7
@@ -294,7 +302,7 @@ class TestTraps:
         models.actor.lm_head.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
         ids, attention, mask = rows(models, TEXTS)
         rlhf.assess(models, ids, attention, mask)
-        assert shapes == [(4, mask.shape[1], 258)]
+        assert shapes == [(4 * mask.shape[1], 258)]
         shapes.clear()
         rlhf.generate(models, models.actor, PROMPTS)
         assert set(shapes) == {(4, 1, 258)}
@@ -429,27 +437,32 @@ class TestTrain:
         assert group["eps"] == 1e-5
 
 
+def train_and_stop(monkeypatch, args, saves):
+    """Trains, and stops as if killed when that many checkpoints are written."""
+    save, countdown = rlhf.save_checkpoint, saves
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_stop(*inputs, **named):
+        nonlocal countdown
+        save(*inputs, **named)
+        countdown -= 1
+        if countdown == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf, "save_checkpoint", save_and_stop)
+        with pytest.raises(Killed):
+            rlhf.train(args)
+
+
 class TestResume:
     @pytest.mark.parametrize("saves", [1, 2, 3, 4])
     def test_a_run_stopped_after_any_stage_goes_on_as_if_it_had_not(self, tmp_path, monkeypatch, saves):
         """Stopped at the start, after SFT, after the reward model, after an iteration of PPO."""
         history = rlhf.train(tiny(tmp_path / "alone"))
-        save, countdown = rlhf.save_checkpoint, saves
-
-        class Killed(BaseException):
-            pass
-
-        def save_and_stop(*inputs, **named):
-            nonlocal countdown
-            save(*inputs, **named)
-            countdown -= 1
-            if countdown == 0:
-                raise Killed
-
-        monkeypatch.setattr(rlhf, "save_checkpoint", save_and_stop)
-        with pytest.raises(Killed):
-            rlhf.train(tiny(tmp_path / "killed"))
-        monkeypatch.setattr(rlhf, "save_checkpoint", save)
+        train_and_stop(monkeypatch, tiny(tmp_path / "killed"), saves)
         assert resumed(rlhf, tmp_path / "killed") == history and len(history) == 2
         assert_same_run(rlhf, tmp_path / "alone", tmp_path / "killed")
 
@@ -572,10 +585,9 @@ def test_the_labeller_has_the_tastes_that_the_readme_tells():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_short_run_of_the_whole_pipeline_raises_the_gold_score(run_dir, seed):
-    options = dict(layers=2, width=64, num_texts=5000, num_pairs=1000, total_episodes=1024, batch_size=64)
-    options |= dict(
-        num_minibatches=8, sft_learning_rate=3e-3, learning_rate=3e-4, answer_length=56, seed=seed
-    )
+    options = dict(layers=2, heads=4, width=64, num_texts=3000, num_pairs=1500, total_episodes=640, seed=seed)
+    options |= dict(batch_size=64, num_minibatches=8, answer_length=56)
+    options |= dict(sft_learning_rate=3e-3, learning_rate=3e-4)
     history = rlhf.train(tiny(run_dir, **options))
     gold = [row["rlhf/gold"] for row in history]
     assert sum(gold[-4:]) / 4 > sum(gold[:4]) / 4 + 0.5

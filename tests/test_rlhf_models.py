@@ -1,0 +1,323 @@
+"""RLHF with models of the transformers library and data in files: random models made here, no network."""
+
+import copy
+import json
+import os
+import sys
+
+import pytest
+import torch
+from suite import curve, resumed
+from test_command_line import refusal
+from test_resume import assert_same_run
+from test_rlhf import rlhf, tiny, train_and_stop
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+THINGS = {"zh": "灯 伞 船 钟 琴 椅子", "en": "lamp tent kettle", "short": "Lamp Tent Boat Bell Bike"}
+PAIRS = [  # prompt, chosen, rejected
+    *((f"我的{x}坏了。\n", f"对不起。我们修理{x}。", f"{x}。不知道。") for x in THINGS["zh"].split()),
+    *((f"My {x} leaks.\n", f"Sorry! We repair the {x}.", "Ask later.") for x in THINGS["en"].split()),
+    *((f"{x} broke\n", f"We repair the {x}.", "No.") for x in THINGS["short"].split()),
+]
+KINDS = ("GPT2", "Llama", "Bloom", "Qwen2")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="models from outside need requirements-extra.txt")
+
+
+def save_tokenizer(folder, transformers, **special):
+    """A byte-level tokenizer trained on the pairs above."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["".join(row) for row in PAIRS], 400, special_tokens=["<end>"])
+    special = {"eos_token": "<end>"} | special
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_model(folder, transformers, kind, head="CausalLM", **special):
+    """A random model of this kind with its tokenizer -> its folder as text."""
+    tokenizer = save_tokenizer(folder, transformers, **special)
+    sizes = {
+        "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
+        "Bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),
+    }
+    sizes["Llama"] = sizes["Qwen2"] = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = getattr(transformers, kind + "Config")(vocab_size=len(tokenizer), **ids, **sizes[kind])
+    if head == "SequenceClassification":
+        config.num_labels = 1
+    torch.manual_seed(1)
+    model = getattr(transformers, "AutoModelFor" + head).from_config(config)
+    for parameter in model.parameters():  # far from the small weights of the start, where all texts are alike
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Options that name files with the pairs above."""
+    rows = [(prompt, chosen, rejected) for prompt, chosen, rejected in PAIRS]
+    return dict(
+        sft_data=write(tmp_path / "sft.jsonl", [{"prompt": p, "completion": c} for p, c, _ in rows]),
+        preference_data=write(
+            tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows]
+        ),
+        prompt_data=write(tmp_path / "prompts.jsonl", [{"prompt": p} for p, _, _ in rows]),
+        ptx_data=write(tmp_path / "ptx.jsonl", [{"text": c} for _, c, _ in rows]),
+    )
+
+
+def shout(prompts, answers):
+    """A reward function: exclamation marks."""
+    return [float(answer.count("!")) for answer in answers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEachKindOfModel:
+    def test_all_stages_run_on_files_and_transformers_reads_the_policy(
+        self, kind, transformers, files, tmp_path, run_dir, monkeypatch
+    ):
+        path = save_model(tmp_path / kind, transformers, kind)
+        trap = rlhf.check_trap
+        # the self-check of every run, but stricter
+        monkeypatch.setattr(rlhf, "check_trap", lambda name, x, limit=1e-4: trap(name, x, limit))
+        saved, check = [], rlhf.check_models
+        monkeypatch.setattr(
+            rlhf, "check_models", lambda models, *x, **y: saved.append(models) or check(models, *x, **y)
+        )
+        rlhf.train(tiny(run_dir, model=path, ptx_coef=0.1, **files))
+        assert {"sft/held_out_loss", "reward_model/accuracy", "rlhf/score", "eval/win_rate"} <= curve(
+            run_dir
+        ).keys()
+        assert "rlhf/gold" not in curve(run_dir)  # nobody knows it
+        actor = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "policy")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "policy")
+        ids = torch.tensor([tokenizer.encode("我的灯坏了。\n")])
+        torch.testing.assert_close(actor(ids).logits, saved[0].actor(ids).logits)
+        start = transformers.AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        assert (actor(ids).logits[..., : start.shape[-1]] - start).abs().max() > 0.01
+
+    def test_padding_a_cache_and_an_update_change_nothing_that_they_should_not(
+        self, kind, transformers, tmp_path
+    ):
+        path = save_model(tmp_path / kind, transformers, kind)
+        models = rlhf.Models(tiny(model=path))
+        rlhf.check_models(models, [prompt for prompt, _, _ in PAIRS[4:8]], fresh=True)
+
+
+class TestTokenizers:
+    def test_padding_is_never_the_end_and_embeddings_grow_only_if_they_must(self, transformers, tmp_path):
+        grown = rlhf.Models(tiny(model=save_model(tmp_path / "a", transformers, "GPT2")))
+        assert grown.tokenizer.pad_token_id != grown.tokenizer.eos_token_id
+        size = len(save_tokenizer(tmp_path / "b", transformers))
+        assert grown.actor.get_input_embeddings().num_embeddings == size + 1
+        # a model that pads with its end
+        path = save_model(tmp_path / "c", transformers, "Llama", pad_token="<end>")
+        models = rlhf.Models(tiny(model=path))
+        assert models.tokenizer.pad_token_id != models.tokenizer.eos_token_id
+        # a model that has padding
+        path = save_model(tmp_path / "d", transformers, "Llama", pad_token="<pad>")
+        assert rlhf.Models(tiny(model=path)).actor.get_input_embeddings().num_embeddings == size + 1
+
+    def test_answers_survive_encoding(self, transformers, tmp_path):
+        models = rlhf.Models(tiny(model=save_model(tmp_path / "a", transformers, "Qwen2")))
+        for prompt, answer, _ in PAIRS:
+            ids, _, mask = rlhf.join(models, *zip(*rlhf.encode(models, [(prompt, answer)]), strict=True))
+            assert rlhf.decode(models, ids, mask) == [answer]
+            assert ids[0, -1] == models.tokenizer.eos_token_id
+
+
+class TestScores:
+    def test_a_function_of_the_user_is_learned(self, run_dir, monkeypatch):
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        history = rlhf.train(tiny(run_dir, reward_function="taste:shout"))
+        assert "reward_model/accuracy" not in curve(run_dir)
+        assert all(abs(row["rlhf/score"]) < 10 for row in history)
+
+    def test_scores_of_a_function_have_mean_0_and_deviation_1_on_answers_of_the_sft_model(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        models = rlhf.Models(tiny(reward_function="taste:shout"))
+        models.score_function = lambda prompts, answers: [5.0 + 3 * len(answer) for answer in answers]
+        prompts = [prompt for prompt, _, _ in PAIRS] * 10
+        rlhf.normalize_scores(models, None, prompts)
+        ids, attention, mask, _ = rlhf.generate(models, models.reference, prompts * 4)
+        scores = rlhf.at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask)
+        assert scores.mean().abs() < 0.15
+        assert abs(scores.std() - 1) < 0.15
+
+    def test_a_classifier_scores_texts_with_its_own_tokenizer(self, transformers, tmp_path):
+        path = save_model(tmp_path / "reward", transformers, "GPT2", "SequenceClassification")
+        models = rlhf.Models(tiny(reward_model=path))
+        texts = [(prompt, answer) for prompt, answer, _ in PAIRS[:5]]
+        ids, attention, mask = rlhf.join(models, *zip(*rlhf.encode(models, texts), strict=True))
+        scores = rlhf.at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask)
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        for score, (prompt, answer) in zip(scores, texts, strict=True):  # alone, so that nothing is padded
+            alone = classifier(torch.tensor([tokenizer.encode(prompt + answer)])).logits[0, 0]
+            torch.testing.assert_close(score, alone, atol=1e-4, rtol=1e-4)
+
+    def test_the_critic_then_starts_from_the_sft_model(self, run_dir, monkeypatch):
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        models = []
+        check = rlhf.check_models
+        monkeypatch.setattr(
+            rlhf, "check_models", lambda m, *x, **y: models.append(copy.deepcopy(m)) or check(m, *x, **y)
+        )
+        rlhf.train(tiny(run_dir, reward_function="taste:shout"))
+        for x, y in zip(
+            models[0].critic.trunk.parameters(), models[0].reference.base_model.parameters(), strict=True
+        ):
+            assert torch.equal(x, y)
+
+
+def test_a_model_that_is_tuned_already_stays_the_reference(run_dir, files, transformers, tmp_path):
+    path = save_model(tmp_path / "model", transformers, "Llama")
+    del files["sft_data"]
+    rlhf.train(tiny(run_dir, model=path, skip_sft=True, **files))
+    saved = rlhf.load_checkpoint(run_dir)["models"]["reference.model.layers.0.mlp.up_proj.weight"]
+    start = transformers.AutoModelForCausalLM.from_pretrained(path).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(saved, start)
+
+
+@pytest.mark.parametrize("saves", [2, 4])
+def test_a_run_with_a_model_and_files_goes_on_as_if_it_had_not_stopped(
+    tmp_path, files, transformers, monkeypatch, saves
+):
+    files["model"] = save_model(tmp_path / "model", transformers, "Bloom")
+    history = rlhf.train(tiny(tmp_path / "alone", **files))
+    train_and_stop(monkeypatch, tiny(tmp_path / "killed", **files), saves)
+    assert resumed(rlhf, tmp_path / "killed") == history and len(history) == 2
+    assert_same_run(rlhf, tmp_path / "alone", tmp_path / "killed")
+
+
+def test_a_large_vocabulary_is_read_in_chunks_with_the_same_values_and_gradients(monkeypatch):
+    models = rlhf.Models(tiny())
+    tokens = torch.randint(258, (3, 5))
+    states, ref_states = torch.randn(2, 3, 5, 16).unbind()
+    results, sizes = [], []
+    models.actor.lm_head.register_forward_hook(lambda module, x, y: sizes.append(y.numel()))
+    for limit in (2**24, 258 * 4):  # all 15 rows at once, or 4
+        monkeypatch.setattr(rlhf, "LOGITS_AT_ONCE", limit)
+        models.zero_grad()
+        x = states.clone().requires_grad_()
+        terms = models.over_vocabulary(tokens, x, ref_states)
+        sum((i + 1) * term.sum() for i, term in enumerate(terms)).backward()
+        results.append((*terms, x.grad, models.actor.lm_head.weight.grad.clone()))
+        assert max(sizes) <= limit
+        sizes.clear()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (
+                '{"prompt": "a", "completion": "b"',
+                r"line 3: not a JSON object with texts for prompt, completion or text",
+            ),
+            ('{"prompt": "a"}', "line 3: not a JSON object with texts"),
+            ('{"prompt": "a", "completion": 5}', "line 3"),
+            ('["prompt", "completion"]', "line 3"),
+            ("5", "line 3"),
+            (r'{"text": "\ud800"}', "line 3"),
+        ],
+    )
+    def test_a_broken_line_is_named(self, tmp_path, line, message):
+        path = tmp_path / "sft.jsonl"
+        good = json.dumps({"prompt": "a", "completion": "b"})
+        path.write_text(f"{good}\n\n{line}\n{good}\n")
+        with pytest.raises(rlhf.UserError, match=message):
+            rlhf.read_jsonl(rlhf.Models(tiny()), str(path), "prompt completion", "text")
+
+    def test_a_line_that_is_no_utf_8_is_named(self, tmp_path):
+        path = tmp_path / "prompts.jsonl"
+        path.write_bytes(b'{"prompt": "\xff"}\n')
+        with pytest.raises(rlhf.UserError, match="line 1"):
+            rlhf.read_jsonl(rlhf.Models(tiny()), str(path), "prompt")
+
+    def test_lines_that_are_too_long_are_left_out_and_counted(self, tmp_path, capsys):
+        rows = [{"prompt": "x" * 200}] + [{"prompt": f"{i}"} for i in range(12)] + [{"prompt": ""}]
+        kept = rlhf.read_jsonl(rlhf.Models(tiny()), write(tmp_path / "p.jsonl", rows), "prompt")
+        assert kept == [(f"{i}",) for i in range(12)]
+        assert (
+            "2 lines are left out, the first is line 1: prompt and answer have up to 224"
+            in capsys.readouterr().err
+        )
+
+    def test_an_empty_file_is_refused(self, tmp_path):
+        with pytest.raises(rlhf.UserError, match="0 lines"):
+            rlhf.read_jsonl(rlhf.Models(tiny()), write(tmp_path / "p.jsonl", []), "prompt")
+
+    def test_texts_for_ptx_serve_the_built_in_job_too(self, files):
+        data = rlhf.load_data(rlhf.Models(tiny(ptx_data=files["ptx_data"], ptx_coef=0.1)))
+        assert data.ptx_texts == [("", chosen) for _, chosen, _ in PAIRS]
+        assert data.labeller is rlhf.gold_score
+        assert rlhf.load_data(rlhf.Models(tiny())).ptx_texts == rlhf.built_in_data(tiny()).texts
+
+    def test_what_is_held_out_is_not_learned_from(self, files):
+        models = rlhf.Models(tiny(**files))
+        data = rlhf.load_data(models)
+        assert not {*data.held_out_prompts} & {*data.prompts}
+        assert not {*data.held_out_texts} & {*data.texts}
+        assert not {*data.held_out_pairs} & {*data.pairs}
+        assert len(data.held_out_texts) == 1  # of 14
+        assert sorted(data.texts + data.held_out_texts) == sorted((p, c) for p, c, _ in PAIRS)
+        assert data.ptx_texts[0] == ("", PAIRS[0][1])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["preference_data"], "--sft-data for stage 1, or --skip-sft"),
+            (["sft_data"], "--preference-data for stage 2, or a --reward-model"),
+        ],
+    )
+    def test_a_file_that_is_missing_is_named(self, files, options, message):
+        with pytest.raises(rlhf.UserError, match=message):
+            rlhf.load_data(rlhf.Models(tiny(**{name: files[name] for name in options})))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model nowhere/at-all", "--model nowhere/at-all: "),
+        ("--reward-function nothing:at_all", "--reward-function nothing:at_all: No module named"),
+        ("--reward-function math:none", "--reward-function math:none: "),
+        ("--reward-function math:sqrt --reward-model x", "both give scores"),
+        ("--reward-function math:sqrt --dense-reward", "--dense-reward needs the reward model of stage 2"),
+        ("--sft-data nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_line(options, message, transformers, monkeypatch, capsys):
+    assert message in refusal(rlhf, monkeypatch, capsys, *options.split())
+
+
+def test_without_transformers_the_message_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install transformers" in refusal(rlhf, monkeypatch, capsys, "--model", "gpt2")
+
+
+def test_the_built_in_policy_is_saved_with_its_configuration(run_dir):
+    from safetensors.torch import load_file
+
+    rlhf.train(tiny(run_dir))
+    config = json.loads((run_dir / "policy" / "config.json").read_text())
+    shape = [config[name] for name in ("vocabulary", "context", "layers", "heads", "width")]
+    rlhf.GPT(*shape).load_state_dict(load_file(run_dir / "policy" / "model.safetensors"))
