@@ -145,13 +145,13 @@ class Args:
     context: int = 128
     """longest text of the language model in tokens, prompt and answer together"""
     num_texts: int = 6000
-    """texts of stage 1"""
+    """texts of the built-in job for stage 1"""
     sft_epochs: int = 2
     """passes over the texts"""
     sft_learning_rate: float = 2e-3
     """Adam's step size in stage 1; it falls linearly to zero"""
     num_pairs: int = 2500
-    """labelled pairs of stage 2"""
+    """pairs of answers that the built-in labeller compares for stage 2"""
     reward_model_epochs: int = 1
     """passes over the pairs"""
     reward_model_learning_rate: float = 5e-4
@@ -180,6 +180,10 @@ class Args:
     @property
     def run_name(self) -> str:
         return "gpt"
+
+    @property
+    def own_data(self) -> bool:
+        return bool(self.sft_data or self.preference_data or self.prompt_data)
 
     @property
     def minibatch_size(self) -> int:
@@ -212,26 +216,35 @@ class Args:
             low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
-        rows, parts = self.batch_size, self.num_minibatches
-        if rows % parts:
-            raise ValueError(f"--batch-size {rows} does not divide into --num-minibatches {parts}")
-        if self.width % self.heads:
-            raise ValueError(f"--width {self.width} does not divide into --heads {self.heads}")
-        if self.num_iterations == 0:
-            raise ValueError(f"--total-episodes is less than one iteration, --batch-size {self.batch_size}")
-        if self.kl_target is not None and (self.kl_coef == 0 or rows > self.kl_horizon):
-            raise ValueError(
-                f"--kl-target multiplies --kl-coef {self.kl_coef:g}, which may not be 0, and --kl-horizon "
-                f"{self.kl_horizon} may not be less than --batch-size {rows}; --kl-target None keeps kl_coef"
-            )
-        if self.reward_model and self.reward_function:
-            raise ValueError("--reward-model and --reward-function both give scores: leave one out")
-        if self.dense_reward and (self.reward_model or self.reward_function):
-            raise ValueError("--dense-reward needs the reward model of stage 2: others score whole answers")
-        if self.resume and self.evaluate:
-            raise ValueError("--resume goes on training and --evaluate only answers: give one of them")
-        if self.generate and not self.evaluate:
-            raise ValueError("--generate needs --evaluate runs/NAME, the run whose policy answers")
+        rows, parts, horizon = self.batch_size, self.num_minibatches, self.kl_horizon
+        adaptive, scored = self.kl_target is not None, self.reward_model or self.reward_function
+        mistakes = {
+            f"--batch-size {rows} does not divide into --num-minibatches {parts}": rows % parts,
+            f"--width {self.width} does not divide into --heads {self.heads}": self.width % self.heads,
+            f"--total-episodes is less than one iteration, --batch-size {rows}": self.num_iterations == 0,
+            "--kl-target multiplies --kl-coef, which is 0; for none: --kl-target None": (
+                adaptive and self.kl_coef == 0
+            ),
+            f"--kl-horizon {horizon} may not be less than --batch-size {rows}": adaptive and rows > horizon,
+            "--reward-model and --reward-function both give scores: leave one out": (
+                self.reward_model and self.reward_function
+            ),
+            "--dense-reward needs stage 2: scores from outside are for whole answers": (
+                self.dense_reward and scored
+            ),
+            "--preference-data is for stage 2, which scores from outside leave out": (
+                self.preference_data and scored
+            ),
+            "--sft-data is for stage 1, which --skip-sft leaves out": self.sft_data and self.skip_sft,
+            "--skip-sft needs --model: the built-in one knows nothing yet": self.skip_sft and not self.model,
+            "--ptx-data needs --ptx-coef, which is 0": self.ptx_data and not self.ptx_coef,
+            "--resume trains and --evaluate only answers: give one of them": self.resume and self.evaluate,
+            "--generate needs --evaluate runs/NAME, whose policy answers": self.generate
+            and not self.evaluate,
+        }
+        for message, wrong in mistakes.items():
+            if wrong:
+                raise ValueError(message)
 
 
 # ------------------------------------------------------------------------------------------ the maths
@@ -490,11 +503,13 @@ def load_pretrained(option: str, path: str, kind: str) -> tuple[nn.Module, Any]:
         raise UserError(f"{option} {path}: {error}") from error
 
 
-def load_language_model(path: str) -> tuple[nn.Module, Any]:
+def load_language_model(path: str, context: int) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, which has an end, and padding that is not the end."""
     model, tokenizer = load_pretrained("--model", path, "CausalLM")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {path}: its tokenizer has no end token, so answers cannot end")
+    if context > (positions := getattr(model.config, "max_position_embeddings", math.inf)):
+        raise UserError(f"--model {path} reads up to {positions} tokens, and --context is {context}")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -561,7 +576,7 @@ class ScalarModel(nn.Module):
         return one_number(self.head, hidden_states(self.trunk, ids, attention, length))
 
 
-LOGITS_AT_ONCE = 2**24  # as a batch has logits for tokens x vocabulary
+LOGITS_AT_ONCE = 2**24  # tokens x vocabulary in one chunk: 64 MiB, and up to eight of these for a moment
 
 
 class Models(nn.Module):
@@ -571,7 +586,7 @@ class Models(nn.Module):
         super().__init__()
         self.args, self.bf16, self.tokenizer = args, args.bf16 or args.cuda, ByteTokenizer()
         if args.model:
-            self.actor, self.tokenizer = load_language_model(args.model)
+            self.actor, self.tokenizer = load_language_model(args.model, args.context)
         else:
             self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
         width = self.actor.get_output_embeddings().weight.shape[1]
@@ -608,7 +623,7 @@ class Models(nn.Module):
                 return (gather_logprobs(logits, tokens),)
             with self.autocast():
                 ref_logits = self.reference.get_output_embeddings()(ref_states).float()
-            log_policy = logits.log_softmax(-1)
+            log_policy = logits.detach().log_softmax(-1)  # entropy is only logged
             logprobs, ref_logprobs = gather_logprobs(logits, tokens), gather_logprobs(ref_logits, tokens)
             entropy = -(log_policy.exp() * log_policy).sum(-1)
             return logprobs, ref_logprobs, categorical_kl(logits, ref_logits), entropy
@@ -767,7 +782,7 @@ def load_data(models: Models) -> Data:
     """What the files of the options hold, a tenth of it (200 rows at most) held out; or the built-in job."""
     args = models.args
     ptx_texts = read_jsonl(models, args.ptx_data, "text") if args.ptx_data else []
-    if not (args.sft_data or args.preference_data or args.prompt_data):
+    if not args.own_data:
         data = built_in_data(args)
         return dataclasses.replace(data, ptx_texts=ptx_texts or data.texts)
     texts = read_jsonl(models, args.sft_data, "prompt completion", "text") if args.sft_data else []
@@ -1513,9 +1528,10 @@ def main() -> None:
                 raise UserError(f"stage 3 has not begun; --resume {args.evaluate} goes on with the run")
             models.load_state_dict(checkpoint["models"])
             if args.generate:
-                encode(models, [(args.generate + "\n", "")])  # refuses what is too long
+                prompt = args.generate + ("" if args.own_data else "\n")  # as built-in prompts end
+                encode(models, [(prompt, "")])  # refuses what is too long
                 for name, model in (("before", models.reference), ("after", models.actor)):
-                    ids, _, mask, _ = generate(models, model, [args.generate + "\n"])
+                    ids, _, mask, _ = generate(models, model, [prompt])
                     print(f"{name}: {decode(models, ids, mask)[0]!r}")
             else:
                 evaluate(models, load_data(models))

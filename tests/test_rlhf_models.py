@@ -1,6 +1,7 @@
 """RLHF with models of the transformers library and data in files: random models made here, no network."""
 
 import copy
+import itertools
 import json
 import os
 import sys
@@ -79,6 +80,7 @@ def files(tmp_path):
         ),
         prompt_data=write(tmp_path / "prompts.jsonl", [{"prompt": p} for p, _, _ in rows]),
         ptx_data=write(tmp_path / "ptx.jsonl", [{"text": c} for _, c, _ in rows]),
+        ptx_coef=0.1,
     )
 
 
@@ -100,7 +102,7 @@ class TestEachKindOfModel:
         monkeypatch.setattr(
             rlhf, "check_models", lambda models, *x, **y: saved.append(models) or check(models, *x, **y)
         )
-        rlhf.train(tiny(run_dir, model=path, ptx_coef=0.1, **files))
+        rlhf.train(tiny(run_dir, model=path, **files))
         assert {"sft/held_out_loss", "reward_model/accuracy", "rlhf/score", "eval/win_rate"} <= curve(
             run_dir
         ).keys()
@@ -133,6 +135,11 @@ class TestTokenizers:
         # a model that has padding
         path = save_model(tmp_path / "d", transformers, "Llama", pad_token="<pad>")
         assert rlhf.Models(tiny(model=path)).actor.get_input_embeddings().num_embeddings == size + 1
+
+    def test_a_context_beyond_the_model_is_refused(self, transformers, tmp_path):
+        path = save_model(tmp_path / "a", transformers, "GPT2")
+        with pytest.raises(rlhf.UserError, match="reads up to 128 tokens, and --context is 129"):
+            rlhf.Models(tiny(model=path, context=129))
 
     def test_answers_survive_encoding(self, transformers, tmp_path):
         models = rlhf.Models(tiny(model=save_model(tmp_path / "a", transformers, "Qwen2")))
@@ -225,6 +232,40 @@ def test_a_large_vocabulary_is_read_in_chunks_with_the_same_values_and_gradients
         torch.testing.assert_close(a, b)
 
 
+def peak_memory(function):
+    """The most bytes that tensors take at once while it runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    events = sorted(run.events(), key=lambda event: event.time_range.start)
+    return max(itertools.accumulate(event.self_cpu_memory_usage for event in events))
+
+
+@pytest.mark.parametrize("job", ["assess", "update", "fine-tune"])
+def test_a_large_vocabulary_needs_the_memory_of_one_chunk_however_many_the_answers(job, monkeypatch):
+    models = rlhf.Models(tiny(kl_in="loss", num_minibatches=1))
+    for model in (models.actor, models.reference):
+        model.lm_head = torch.nn.Linear(16, 20_000, bias=False).requires_grad_(model is models.actor)
+
+    def peak(answers, chunk):
+        monkeypatch.setattr(rlhf, "LOGITS_AT_ONCE", chunk * 20_000)
+        ids = torch.randint(256, (answers, 24))
+        attention, mask = torch.ones_like(ids), torch.ones(answers, 16, dtype=torch.bool)
+        noise, states = torch.randn(answers, 16), torch.randn(answers, 16, 16)
+        return peak_memory(
+            {
+                "assess": lambda: rlhf.assess(models, ids, attention, mask),
+                "update": lambda: rlhf.add_gradients(
+                    models, (ids, attention, mask, states, noise, noise, noise, noise), 0.1
+                ),
+                "fine-tune": lambda: rlhf.accumulate(models, rlhf.lm_loss, [([1] * 8, [2] * 16)] * answers),
+            }[job]
+        )
+
+    peak(1, 8)  # gradients are made
+    assert peak(8, 8) < 1.3 * peak(1, 8)
+    assert peak(8, 8) < peak(8, 128) / 4
+
+
 class TestFiles:
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -301,7 +342,11 @@ class TestFiles:
         ("--reward-function nothing:at_all", "--reward-function nothing:at_all: No module named"),
         ("--reward-function math:none", "--reward-function math:none: "),
         ("--reward-function math:sqrt --reward-model x", "both give scores"),
-        ("--reward-function math:sqrt --dense-reward", "--dense-reward needs the reward model of stage 2"),
+        ("--reward-function math:sqrt --dense-reward", "--dense-reward needs stage 2"),
+        ("--reward-function math:sqrt --preference-data x", "--preference-data is for stage 2"),
+        ("--skip-sft --model x --sft-data y", "--sft-data is for stage 1"),
+        ("--skip-sft", "--skip-sft needs --model"),
+        ("--ptx-data x", "--ptx-data needs --ptx-coef"),
         ("--sft-data nowhere.jsonl", "nowhere.jsonl"),
     ],
 )
