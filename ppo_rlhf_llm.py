@@ -216,9 +216,15 @@ class Args:
             low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
+        for message, wrong in self.mistakes().items():
+            if wrong:
+                raise ValueError(message)
+
+    def mistakes(self) -> dict[str, Any]:
+        """What is said of options that do not go together, and whether to say it."""
         rows, parts, horizon = self.batch_size, self.num_minibatches, self.kl_horizon
         adaptive, scored = self.kl_target is not None, self.reward_model or self.reward_function
-        mistakes = {
+        return {
             f"--batch-size {rows} does not divide into --num-minibatches {parts}": rows % parts,
             f"--width {self.width} does not divide into --heads {self.heads}": self.width % self.heads,
             f"--total-episodes is less than one iteration, --batch-size {rows}": self.num_iterations == 0,
@@ -239,12 +245,8 @@ class Args:
             "--skip-sft needs --model: the built-in one knows nothing yet": self.skip_sft and not self.model,
             "--ptx-data needs --ptx-coef, which is 0": self.ptx_data and not self.ptx_coef,
             "--resume trains and --evaluate only answers: give one of them": self.resume and self.evaluate,
-            "--generate needs --evaluate runs/NAME, whose policy answers": self.generate
-            and not self.evaluate,
+            "--generate needs --evaluate runs/NAME: it answers": self.generate and not self.evaluate,
         }
-        for message, wrong in mistakes.items():
-            if wrong:
-                raise ValueError(message)
 
 
 # ------------------------------------------------------------------------------------------ the maths

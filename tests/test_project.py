@@ -74,12 +74,8 @@ class TestScript:
                 assert number(lowest.group(1)) <= number(pins[name])
             importlib.metadata.version(name)
 
-    def test_alone_in_an_empty_folder_it_runs(self, script, tmp_path):
-        path = shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "copied.py")
-        options = SHORT[script.__name__ == "ppo_rlhf_llm"].split()
-        subprocess.run([sys.executable, path, *options], check=True, capture_output=True, cwd=tmp_path)
-        (run,) = (tmp_path / "runs").iterdir()
-        assert (run / "checkpoint.pt").exists()
+    def test_alone_in_an_empty_folder_it_runs(self, script, short_run):
+        assert (short_run(script.__name__) / "checkpoint.pt").exists()
 
     def test_importing_it_does_nothing(self, script, tmp_path):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script.__name__}"

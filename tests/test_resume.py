@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from suite import ROOT, SCRIPTS, TIMED, control, curve, discrete, each_kind, resumed, small
+from suite import ROOT, SCRIPTS, TIMED, control, curve, each_kind, resumed, small
 
 
 def command(ppo, *options):
@@ -43,36 +43,29 @@ def assert_same_run(ppo, one, other):
         assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has a point twice"
 
 
-VARIANTS = {  # what differs from script to script; the rest has one text
-    "ppo_continuous": ["default task", "--async-envs", "Box2D"],
-    "ppo_discrete": ["default task", "Box2D", "ale_py"],
-    "ppo_penalty": ["default task"],
-    "ppo_rlhf_llm": ["three stages"],
-}
-KILLED = [
-    pytest.param(ppo, variant, marks=[] if quick else [pytest.mark.slow])
-    for ppo in SCRIPTS
-    for variant in VARIANTS[ppo.__name__]
-    for quick in [(ppo.__name__, variant) == ("ppo_continuous", "default task")]
-]
-
-
-@pytest.mark.parametrize(("ppo", "variant"), KILLED, ids=lambda x: getattr(x, "__name__", x))
-def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path, variant):
-    options = ["--num-envs", 4, "--num-steps", 256, "--num-minibatches", 8, "--total-timesteps", 16 * 1024]
-    if variant == "--async-envs":
-        options += [variant]
-    elif variant == "Box2D":
-        pytest.importorskip(variant, reason="Box2D needs requirements-extra.txt")
-        options += ["--env-id", "LunarLander-v3" if discrete(ppo) else "BipedalWalker-v3"]
-    elif variant == "ale_py":
-        pytest.importorskip(variant, reason="Atari games need requirements-extra.txt")
-        options += ["--env-id", "ALE/Breakout-v5", "--num-steps", 16, "--total-timesteps", 1024]
-        options += ["--num-minibatches", 2, "--update-epochs", 1]
-    if variant == "three stages":
+@pytest.mark.parametrize(
+    "ppo",
+    [
+        pytest.param(ppo, marks=[] if ppo.__name__ == "ppo_continuous" else [pytest.mark.slow])
+        for ppo in SCRIPTS
+    ],
+    ids=lambda ppo: ppo.__name__,
+)
+def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path):
+    if ppo.__name__ == "ppo_rlhf_llm":
         options = ["--layers", 2, "--width", 32, "--heads", 2, "--num-texts", 640, "--num-pairs", 100]
         options += ["--answer-length", 16, "--batch-size", 16, "--total-episodes", 256, "--eval-prompts", 8]
     else:
+        options = [
+            "--num-envs",
+            4,
+            "--num-steps",
+            256,
+            "--num-minibatches",
+            8,
+            "--total-timesteps",
+            16 * 1024,
+        ]
         options += ["--eval-episodes", 2]
     options += ["--checkpoint-every", 2]
     chance = random.Random(time.time_ns())
@@ -129,6 +122,26 @@ def test_resuming_in_process_is_exact_and_returns_the_whole_history(ppo, tmp_pat
     returns = ppo.train(small(ppo, tmp_path / "alone", **options))
     stopped_after(ppo, monkeypatch, small(ppo, tmp_path / "killed", **options), 4)
     assert resumed(ppo, tmp_path / "killed") == returns and len(returns) > 0
+    assert_same_run(ppo, tmp_path / "alone", tmp_path / "killed")
+
+
+OTHERS = [
+    ("ppo_continuous", "gymnasium", dict(async_envs=True)),
+    ("ppo_continuous", "Box2D", dict(env_id="BipedalWalker-v3")),
+    ("ppo_discrete", "Box2D", dict(env_id="LunarLander-v3")),
+    ("ppo_discrete", "ale_py", dict(env_id="ALE/Breakout-v5", num_steps=16, total_timesteps=192)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "extra", "options"), OTHERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_resuming_is_exact_with_other_environments(name, extra, options, tmp_path, monkeypatch):
+    pytest.importorskip(extra, reason="needs requirements-extra.txt")
+    (ppo,) = (ppo for ppo in SCRIPTS if ppo.__name__ == name)
+    options = dict(total_timesteps=6 * 512, num_steps=256) | options
+    ppo.train(small(ppo, tmp_path / "alone", **options))
+    stopped_after(ppo, monkeypatch, small(ppo, tmp_path / "killed", **options), 4)
+    resumed(ppo, tmp_path / "killed")
     assert_same_run(ppo, tmp_path / "alone", tmp_path / "killed")
 
 
