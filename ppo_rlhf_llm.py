@@ -1029,16 +1029,17 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
             prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.num_pairs,)).tolist()]
             pairs, _ = sample_pairs(models, prompts, data.labeller)
             held_out, ceiling = sample_pairs(models, data.held_out_prompts * 2, data.labeller)
+            ceiling = f" (ceiling {ceiling:.1%})"
         else:
             pairs, held_out = (encode_pairs(models, rows) for rows in (data.pairs, data.held_out_pairs))
-            ceiling = math.nan
+            ceiling = ""  # nobody knows it
         step = fit(models, models.reward, pair_loss, pairs, "reward_model", writer, step)
         with torch.no_grad():
             scores = torch.cat([score_pairs(models, x) for x in chunks(held_out, args.batch_size)], 1)
         accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie is half right
         writer.add_scalar("reward_model/accuracy", accuracy, step)
-        print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices (ceiling {ceiling:.1%})")
-    normalize_scores(models, scores if data.labeller else None, data.held_out_prompts)
+        print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices{ceiling}")
+    normalize_scores(models, scores if data.labeller else None, data.held_out_prompts + data.prompts)
     if not args.shared_critic and models.reward is None:
         models.critic.trunk.load_state_dict(models.reference.base_model.state_dict())
     elif not args.shared_critic:
@@ -1050,8 +1051,8 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
 def normalize_scores(models: Models, scores: Tensor | None, prompts: list[str]) -> None:
     """Mean 0 and deviation 1 on answers of the SFT model, so that kl_coef means the same in every run."""
     if scores is None:
-        scores = []
-        for asked in chunks(prompts * 2, models.args.batch_size):
+        scores, prompts = [], (prompts * HELD_OUT)[:HELD_OUT]
+        for asked in chunks(prompts, models.args.batch_size):
             ids, attention, mask, _ = generate(models, models.reference, asked)
             with models.autocast():
                 scores.append(at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask))
