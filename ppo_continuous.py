@@ -26,6 +26,7 @@ import dataclasses
 import io
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -93,6 +94,8 @@ class Args:
     """seed of weights, noise, shuffles and environments"""
     cuda: bool = False
     """learn on the GPU (small networks are faster on the CPU)"""
+    compile: bool = False
+    """make one compiled graph of the learning step: a slower start, then faster"""
     async_envs: bool = False
     """one process per environment: same results, faster if a step is slow"""
     run_dir: str | None = None
@@ -375,15 +378,12 @@ class Agent(nn.Module):
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
-    sizes = [math.ceil(parameter.numel() / 16) * 16 for parameter in model.parameters()]  # 64-byte alignment
-    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device, requires_grad=True)
-    weights.grad = torch.zeros_like(weights)
-    views = zip(model.parameters(), weights.data.split(sizes), weights.grad.split(sizes), strict=True)
-    for parameter, weight, gradient in views:
-        weight[: parameter.numel()] = parameter.data.flatten()
-        parameter.data = weight[: parameter.numel()].view_as(parameter)
-        parameter.grad = gradient[: parameter.numel()].view_as(parameter)
+    """Makes all parameters views of one flat vector: one call clips their gradient, one updates them."""
+    parameters = list(model.parameters())
+    weights = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_()
+    parts = weights.detach().split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view_as(parameter)
     return weights
 
 
@@ -434,9 +434,37 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
         yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
 
 
+def minibatch_gradient(
+    agent: Agent, minibatch: tuple[Tensor, ...], args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (minus eq. 9) at B rows of the rollout -> its gradient, means, new log-probabilities.
+
+    The gradient is one vector for all weights, clipped; the means (4,) are of policy loss, value loss and
+    entropy, and the gradient's norm before clipping; log-probabilities (B,).
+    """
+    obs, actions, old_logprobs, old_values, advantages, returns = minibatch
+    new_logprobs = gaussian_logprobs(actions, agent.action_mean(obs), agent.log_std)
+    new_values = agent.value(obs)
+    if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
+        advantages = normalize(advantages)
+    value_clip_coef = args.clip_coef if args.clip_vloss else None
+    policy_loss = clipped_policy_loss(new_logprobs, old_logprobs, advantages, args.clip_coef).mean()
+    critic_loss = value_loss(new_values, old_values, returns, value_clip_coef).mean()
+    entropy = gaussian_entropy(agent.log_std)
+    loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
+
+    gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
+    gradient = torch.cat([x.flatten() for x in gradients])
+    grad_norm = gradient.norm()
+    gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
+    means = torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach()
+    return gradient, means, new_logprobs.detach()
+
+
 def train(args: Args) -> list[float]:
     """Algorithm 1 of the paper. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
+    gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
     torch.manual_seed(derive_seed(args.seed))
@@ -454,7 +482,6 @@ def train(args: Args) -> list[float]:
     writer = open_writer(args, run_dir, resumed_at=first_step if checkpoint else None)
     line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
     progress = tqdm(desc=str(run_dir), initial=first_step, total=last_step, unit=" steps", bar_format=line)
-    value_clip_coef = args.clip_coef if args.clip_vloss else None
 
     for iteration in range(first_iteration, args.num_iterations):
         started, step = time.perf_counter(), (iteration + 1) * args.batch_size
@@ -514,23 +541,9 @@ def train(args: Args) -> list[float]:
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs = [], []
         for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
-            mb_obs, mb_actions, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
-            new_logprobs = gaussian_logprobs(mb_actions, agent.action_mean(mb_obs), agent.log_std)
-            new_values = agent.value(mb_obs)
-            if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
-                mb_advantages = normalize(mb_advantages)
-            policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, args.clip_coef)
-            value_losses = value_loss(new_values, mb_old_values, mb_returns, value_clip_coef)
-            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
-            entropy = gaussian_entropy(agent.log_std)
-            loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
-
-            weights.grad.zero_()
-            loss.backward()
-            grad_norm = weights.grad.norm()
-            weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # not in the paper
-            losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
-            logprob_pairs.append((new_logprobs.detach(), mb_old_logprobs))
+            weights.grad, means, new_logprobs = gradient_of(agent, mb, args)
+            losses.append(means.clone())  # a captured graph writes the next ones to the same place
+            logprob_pairs.append((new_logprobs.clone(), mb[2]))  # new, old
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
@@ -645,6 +658,21 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     return torch.device("cuda")
+
+
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function as one compiled graph (on a GPU captured, so that one launch plays all of it)."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise UserError(
+            f"--compile needs a torch that traces gradients, 2.13 does; this is {torch.__version__}"
+        )
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a C++ compiler, g++ or clang++, and finds none; leave it out")
+    torch._dynamo.config.trace_autograd_ops = True
+    print("--compile: the first iteration takes some seconds longer", file=sys.stderr)
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, mode="reduce-overhead" if args.cuda else None
+    )
 
 
 def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:

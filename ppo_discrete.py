@@ -27,6 +27,7 @@ import dataclasses
 import io
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -95,6 +96,8 @@ class Args:
     """seed of weights, noise, shuffles and environments"""
     cuda: bool = False
     """learn on the GPU (small networks are faster on the CPU)"""
+    compile: bool = False
+    """make one compiled graph of the learning step: a slower start, then faster"""
     async_envs: bool = False
     """one process per environment: same results, faster if a step is slow"""
     run_dir: str | None = None
@@ -433,15 +436,12 @@ def gumbel_noise(*shape: int) -> Tensor:
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
-    sizes = [math.ceil(parameter.numel() / 16) * 16 for parameter in model.parameters()]  # 64-byte alignment
-    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device, requires_grad=True)
-    weights.grad = torch.zeros_like(weights)
-    views = zip(model.parameters(), weights.data.split(sizes), weights.grad.split(sizes), strict=True)
-    for parameter, weight, gradient in views:
-        weight[: parameter.numel()] = parameter.data.flatten()
-        parameter.data = weight[: parameter.numel()].view_as(parameter)
-        parameter.grad = gradient[: parameter.numel()].view_as(parameter)
+    """Makes all parameters views of one flat vector: one call clips their gradient, one updates them."""
+    parameters = list(model.parameters())
+    weights = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_()
+    parts = weights.detach().split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view_as(parameter)
     return weights
 
 
@@ -565,9 +565,38 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
         yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
 
 
+def minibatch_gradient(
+    agent: Agent, minibatch: tuple[Tensor, ...], args: Args, clip_coef: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (minus eq. 9) at B rows of the rollout -> its gradient, means, new log-probabilities.
+
+    The gradient is one vector for all weights, clipped; the means (4,) are of policy loss, value loss and
+    entropy, and the gradient's norm before clipping; log-probabilities (B,).
+    """
+    obs, actions, legal, old_logprobs, old_values, advantages, returns = minibatch
+    features = agent.features(obs)
+    log_policy, new_values = agent.log_policy(features, legal), agent.value(features)
+    new_logprobs = categorical_logprobs(actions, log_policy)
+    if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
+        advantages = normalize(advantages)
+    value_clip_coef = clip_coef if args.clip_vloss else None
+    policy_loss = clipped_policy_loss(new_logprobs, old_logprobs, advantages, clip_coef).mean()
+    critic_loss = value_loss(new_values, old_values, returns, value_clip_coef).mean()
+    entropy = categorical_entropy(log_policy).mean()
+    loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
+
+    gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
+    gradient = torch.cat([x.flatten() for x in gradients])
+    grad_norm = gradient.norm()
+    gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
+    means = torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach()
+    return gradient, means, new_logprobs.detach()
+
+
 def train(args: Args) -> list[float]:
     """Algorithm 1 of the paper. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
+    gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
     torch.manual_seed(derive_seed(args.seed))
@@ -607,7 +636,7 @@ def train(args: Args) -> list[float]:
         if args.anneal_lr:  # in the paper for Atari alone, like the next
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-        value_clip_coef = clip_coef if args.clip_vloss else None
+        clip_coef = torch.tensor(clip_coef, dtype=torch.float64, device=device)  # a number: a graph for each
 
         # 1. collect: T steps of N environments. The loop only acts; what can be batched comes later.
         rows, policy = [], agent.acting_policy(like=obs_now)
@@ -665,24 +694,9 @@ def train(args: Args) -> list[float]:
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs = [], []
         for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
-            mb_obs, mb_actions, mb_legal, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
-            mb_features = agent.features(mb_obs)
-            log_policy = agent.log_policy(mb_features, mb_legal)
-            new_logprobs, new_values = categorical_logprobs(mb_actions, log_policy), agent.value(mb_features)
-            if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
-                mb_advantages = normalize(mb_advantages)
-            policy_losses = clipped_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages, clip_coef)
-            value_losses = value_loss(new_values, mb_old_values, mb_returns, value_clip_coef)
-            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
-            entropy = categorical_entropy(log_policy).mean()
-            loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
-
-            weights.grad.zero_()
-            loss.backward()
-            grad_norm = weights.grad.norm()
-            weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # not in the paper
-            losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
-            logprob_pairs.append((new_logprobs.detach(), mb_old_logprobs))
+            weights.grad, means, new_logprobs = gradient_of(agent, mb, args, clip_coef)
+            losses.append(means.clone())  # a captured graph writes the next ones to the same place
+            logprob_pairs.append((new_logprobs.clone(), mb[3]))  # new, old
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
@@ -798,6 +812,21 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     return torch.device("cuda")
+
+
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function as one compiled graph (on a GPU captured, so that one launch plays all of it)."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise UserError(
+            f"--compile needs a torch that traces gradients, 2.13 does; this is {torch.__version__}"
+        )
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a C++ compiler, g++ or clang++, and finds none; leave it out")
+    torch._dynamo.config.trace_autograd_ops = True
+    print("--compile: the first iteration takes some seconds longer", file=sys.stderr)
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, mode="reduce-overhead" if args.cuda else None
+    )
 
 
 def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:

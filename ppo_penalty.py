@@ -29,6 +29,7 @@ import dataclasses
 import io
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -102,6 +103,8 @@ class Args:
     """seed of weights, noise, shuffles and environments"""
     cuda: bool = False
     """learn on the GPU (small networks are faster on the CPU)"""
+    compile: bool = False
+    """make one compiled graph of the learning step: a slower start, then faster"""
     async_envs: bool = False
     """one process per environment: same results, faster if a step is slow"""
     run_dir: str | None = None
@@ -461,15 +464,12 @@ def gumbel_noise(*shape: int) -> Tensor:
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Makes parameters and gradients views of one flat vector: one call clips or updates them all."""
-    sizes = [math.ceil(parameter.numel() / 16) * 16 for parameter in model.parameters()]  # 64-byte alignment
-    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device, requires_grad=True)
-    weights.grad = torch.zeros_like(weights)
-    views = zip(model.parameters(), weights.data.split(sizes), weights.grad.split(sizes), strict=True)
-    for parameter, weight, gradient in views:
-        weight[: parameter.numel()] = parameter.data.flatten()
-        parameter.data = weight[: parameter.numel()].view_as(parameter)
-        parameter.grad = gradient[: parameter.numel()].view_as(parameter)
+    """Makes all parameters views of one flat vector: one call clips their gradient, one updates them."""
+    parameters = list(model.parameters())
+    weights = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_()
+    parts = weights.detach().split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view_as(parameter)
     return weights
 
 
@@ -527,9 +527,39 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
         yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
 
 
+def minibatch_gradient(
+    agent: Agent, minibatch: tuple[Tensor, ...], args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (minus eq. 8 and 9) at B rows of the rollout -> its gradient, means, new log-probabilities.
+
+    The gradient is one vector for all weights, clipped; the means (4,) are of policy loss, value loss and
+    entropy, and the gradient's norm before clipping; log-probabilities (B,).
+    """
+    obs, actions, old_policy, old_logprobs, old_values, advantages, returns = minibatch
+    new_policy, new_values = agent.distribution(obs), agent.value(obs)
+    new_logprobs = agent.logprobs(actions, new_policy)
+    if args.norm_adv:  # not in the paper: kl_coef and the learning rate then fit all reward scales
+        advantages = normalize(advantages)
+    policy_loss = surrogate_policy_loss(new_logprobs, old_logprobs, advantages).mean()
+    critic_loss = value_loss(new_values, old_values, returns, clip_coef=None).mean()
+    # zero at the first minibatch, with zero gradient: the penalty holds back what comes after
+    mean_kl = agent.kl(old_policy, new_policy).mean()
+    entropy = agent.entropy(new_policy).mean()
+    loss = policy_loss + agent.kl_coef.float() * mean_kl  # minus eq. 8
+    loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and as in eq. 9
+
+    gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
+    gradient = torch.cat([x.flatten() for x in gradients])
+    grad_norm = gradient.norm()
+    gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
+    means = torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach()
+    return gradient, means, new_logprobs.detach()
+
+
 def train(args: Args) -> list[float]:
     """Algorithm 1 with eq. 8. Returns the returns of all training episodes, in the order they ended."""
     device = set_up_torch(args)
+    gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     envs = look_at_envs(args)
     run_dir, checkpoint = open_run(args)
     torch.manual_seed(derive_seed(args.seed))
@@ -608,26 +638,9 @@ def train(args: Args) -> list[float]:
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs, kl_coef = [], [], agent.kl_coef.item()
         for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
-            mb_obs, mb_actions, mb_old_policy, mb_old_logprobs, mb_old_values, mb_advantages, mb_returns = mb
-            new_policy, new_values = agent.distribution(mb_obs), agent.value(mb_obs)
-            new_logprobs = agent.logprobs(mb_actions, new_policy)
-            if args.norm_adv:  # not in the paper: kl_coef and the learning rate then fit all reward scales
-                mb_advantages = normalize(mb_advantages)
-            policy_losses = surrogate_policy_loss(new_logprobs, mb_old_logprobs, mb_advantages)
-            value_losses = value_loss(new_values, mb_old_values, mb_returns, clip_coef=None)
-            policy_loss, critic_loss = policy_losses.mean(), value_losses.mean()
-            # zero at the first minibatch, with zero gradient: the penalty holds back what comes after
-            mean_kl = agent.kl(mb_old_policy, new_policy).mean()
-            entropy = agent.entropy(new_policy).mean()
-            loss = policy_loss + kl_coef * mean_kl  # minus eq. 8
-            loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and as in eq. 9
-
-            weights.grad.zero_()
-            loss.backward()
-            grad_norm = weights.grad.norm()
-            weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # not in the paper
-            losses.append(torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach())
-            logprob_pairs.append((new_logprobs.detach(), mb_old_logprobs))
+            weights.grad, means, new_logprobs = gradient_of(agent, mb, args)
+            losses.append(means.clone())  # a captured graph writes the next ones to the same place
+            logprob_pairs.append((new_logprobs.clone(), mb[3]))  # new, old
             if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
                 break
             optimizer.step()
@@ -755,6 +768,21 @@ def set_up_torch(args: Args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     return torch.device("cuda")
+
+
+def compiled(function: Callable, args: Args) -> Callable:
+    """The function as one compiled graph (on a GPU captured, so that one launch plays all of it)."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise UserError(
+            f"--compile needs a torch that traces gradients, 2.13 does; this is {torch.__version__}"
+        )
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a C++ compiler, g++ or clang++, and finds none; leave it out")
+    torch._dynamo.config.trace_autograd_ops = True
+    print("--compile: the first iteration takes some seconds longer", file=sys.stderr)
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, mode="reduce-overhead" if args.cuda else None
+    )
 
 
 def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What the tests share: the scripts as modules, small environments with known answers, short runs."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -100,6 +101,27 @@ def resumed(ppo, run_dir: Path, **changes):
     """Goes on with a run in a later second: TensorBoard reads event files by the second in their names."""
     time.sleep(1 - time.time() % 1)
     return ppo.train(replace(ppo.load_args(run_dir), resume=str(run_dir), **changes))
+
+
+def by_name(agent, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a flat vector of all parameters, or of their gradient."""
+    parameters = dict(agent.named_parameters())
+    parts = vector.detach().clone().split([x.numel() for x in parameters.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(parameters.items(), parts, strict=True)}
+
+
+def minibatch_inputs(ppo, monkeypatch, run_dir: Path, **options) -> list[tuple]:
+    """What minibatch_gradient() is given in a short run: (agent as it then was, minibatch, args, ...)."""
+    calls, function = [], ppo.minibatch_gradient
+
+    def record(agent, *inputs):
+        calls.append((copy.deepcopy(agent), *inputs))
+        return function(agent, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "minibatch_gradient", record)
+        ppo.train(small(ppo, run_dir, **options))
+    return calls
 
 
 def documented_metrics(section: str) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """The agent: bounds, statistics, act(), one flat vector of parameters."""
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import action_space, control, each_kind, make_agent, scripts_with, small
+from suite import action_space, by_name, control, each_kind, make_agent, minibatch_inputs, scripts_with, small
 from torch import nn
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
@@ -300,33 +302,31 @@ class TestRewardScale:
 
 @each_kind
 class TestFlatParameters:
-    def test_parameters_and_gradients_are_views_of_one_vector(self, ppo):
+    def test_parameters_are_views_of_one_vector(self, ppo):
         agent = make_agent(ppo)
         before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
         weights = ppo.flatten_parameters(agent)
         assert all((before[name] == parameter).all() for name, parameter in agent.named_parameters())
-        agent.value(torch.ones(5, 3)).sum().backward()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-        assert gradients.norm() > 0 and gradients.norm().item() == pytest.approx(weights.grad.norm().item())
+        assert weights.is_leaf and weights.requires_grad
         with torch.no_grad():
             weights.zero_()
         assert all((parameter == 0).all() for parameter in agent.parameters())
 
-    def test_one_step_is_that_of_plain_adam_and_plain_clipping(self, ppo):
-        flat, plain = make_agent(ppo), make_agent(ppo)
+    def test_one_step_is_that_of_plain_adam_and_plain_clipping(self, ppo, run_dir, monkeypatch):
+        start, minibatch, args, *rest = minibatch_inputs(ppo, monkeypatch, run_dir)[0]
+        flat, plain = copy.deepcopy(start), copy.deepcopy(start)
         weights = ppo.flatten_parameters(flat)
-        optimizers = torch.optim.Adam([weights], lr=1e-2), torch.optim.Adam(plain.parameters(), lr=1e-2)
+        adam, plain_adam = torch.optim.Adam([weights], lr=1e-2), torch.optim.Adam(plain.parameters(), lr=1e-2)
+        clipped, whole = (dataclasses.replace(args, max_grad_norm=limit) for limit in (0.1, math.inf))
         for _ in range(3):
-            for agent, parameters, optimizer in zip(
-                (flat, plain), ([weights], list(plain.parameters())), optimizers, strict=True
-            ):
-                for parameter in agent.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.zero_()
-                obs, loss = torch.ones(5, 3), sum((p**2).sum() for p in agent.parameters())
-                (loss + (agent.value(obs) ** 2).sum() + ppo.mlp(obs, agent.actor)[:, 0].sum()).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-                optimizer.step()
+            weights.grad, means, _ = ppo.minibatch_gradient(flat, minibatch, clipped, *rest)
+            gradient, _, _ = ppo.minibatch_gradient(plain, minibatch, whole, *rest)
+            assert means[3].item() == pytest.approx(gradient.norm().item()) and means[3] > 0.1
+            for parameter, part in zip(plain.parameters(), by_name(plain, gradient).values(), strict=True):
+                parameter.grad = part
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            adam.step()
+            plain_adam.step()
         for a, b in zip(flat.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a, b)
 

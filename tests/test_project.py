@@ -18,6 +18,8 @@ DIFFERENT: dict[str, str] = {
     "Args": "the options of the variant",
     "Agent": "the distribution of the actions, and the network for images",
     "make_envs": "Atari games and images are for discrete actions",
+    "minibatch_gradient": "the loss of the variant",
+    "flatten_parameters": "gradients of micro-batches are added up in place",
     "train": "the variant itself",
     "look_at_envs": "the spaces that the script is for",
     "evaluate": "discrete actions can be masked; answers are compared, not played",
@@ -206,6 +208,7 @@ def test_every_command_of_the_readme_runs(mark, line, tmp_path, short_run):
         shutil.copytree(short_run(script), tmp_path / "runs" / "NAME")
     if "long" in mark and "runs/NAME" not in line and "--help" not in line:
         line = re.sub(r" --total-timesteps [\d_]+", "", line) + " " + SHORT["rlhf" in line]
+        line += " --update-epochs 1" if "atari" in mark else ""
     run(line, tmp_path)
 
 

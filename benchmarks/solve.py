@@ -1,0 +1,215 @@
+"""Seconds of training until 20 deterministic episodes average a bar, against tuned stable-baselines3.
+
+    python benchmarks/solve.py                             writes benchmarks/results/solve.csv
+
+Pendulum-v1 to -200 and CartPole-v1 to 475, seeds 1 to 5, one thread each. After every few thousand steps the
+clock stops, and the agent plays. The other side has the settings of rl-baselines3-zoo; ours are the shipped
+defaults and one command for each task, below. The sides take turns, each in a fresh process.
+Runs that are in the table already are not repeated. Needs requirements-extra.txt.
+"""
+
+import csv
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "solve.csv"
+BARS = {"Pendulum-v1": -200.0, "CartPole-v1": 475.0}
+SCRIPTS = {"Pendulum-v1": "ppo_continuous", "CartPole-v1": "ppo_discrete"}
+EVERY = {"Pendulum-v1": 2048, "CartPole-v1": 1024}  # steps between evaluations
+COMMANDS = {  # as on the command line: --num-envs 16 ...
+    "Pendulum-v1": dict(
+        num_envs=16,
+        num_steps=128,
+        num_minibatches=16,
+        gamma=0.9,
+        learning_rate=2e-3,
+        anneal_lr=False,
+        log_std_init=0.0,
+        total_timesteps=60_000,
+    ),
+    "CartPole-v1": dict(
+        num_envs=8,
+        num_steps=32,
+        num_minibatches=1,
+        update_epochs=20,
+        gamma=0.98,
+        gae_lambda=0.8,
+        learning_rate=1e-3,
+        ent_coef=0.0,
+        total_timesteps=100_000,
+    ),
+}
+ZOO = {
+    "Pendulum-v1": dict(
+        num_envs=4, n_steps=1024, gamma=0.9, learning_rate=1e-3, use_sde=True, sde_sample_freq=4
+    ),
+    "CartPole-v1": dict(
+        num_envs=8,
+        n_steps=32,
+        batch_size=256,
+        gae_lambda=0.8,
+        gamma=0.98,
+        n_epochs=20,
+        learning_rate=lambda left: left * 1e-3,
+        clip_range=lambda left: left * 0.2,
+    ),
+}
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    env_ids: list[str] = field(default_factory=lambda: list(BARS))
+    """which tasks"""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """which seeds"""
+    turn: str | None = None
+    """used by the benchmark itself: one side now, for the first task and seed"""
+
+
+class Solved(Exception):
+    """The bar is reached."""
+
+
+@dataclass
+class Clock:
+    """Counts seconds of training, and stops while the agent plays."""
+
+    env_id: str
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    next: int = 0
+
+    def look(self, steps: int, act: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Plays if it is time; raises Solved if the episodes are good enough."""
+        self.steps = steps
+        if steps < self.next:
+            return
+        self.seconds += time.perf_counter() - self.started
+        self.next = steps + EVERY[self.env_id]
+        if play(self.env_id, act) >= BARS[self.env_id]:
+            raise Solved
+        self.started = time.perf_counter()
+
+
+def play(env_id: str, act: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Mean return of 20 episodes, one in each of 20 environments."""
+    envs = gym.make_vec(env_id, 20, vectorization_mode="sync")
+    obs, _ = envs.reset(seed=[1000 + i for i in range(20)])
+    returns, playing = np.zeros(20), np.ones(20, dtype=bool)
+    while playing.any():
+        obs, rewards, terminations, truncations, _ = envs.step(act(obs))
+        returns += rewards * playing
+        playing &= ~(terminations | truncations)
+    return returns.mean()
+
+
+def script(clock: Clock, seed: int, **options: float) -> None:
+    """Trains with the project's script."""
+    name = SCRIPTS[clock.env_id]
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    ppo = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ppo)
+    agents, flatten, explained_variance = [], ppo.flatten_parameters, ppo.explained_variance
+    ppo.flatten_parameters = lambda agent: agents.append(agent) or flatten(agent)
+
+    def at_the_end_of_an_iteration(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+        clock.look(clock.steps + len(values), lambda obs: agents[0].act(obs, deterministic=True))
+        return explained_variance(values, returns)
+
+    ppo.explained_variance = at_the_end_of_an_iteration
+    ppo.evaluate = lambda *_: [0.0]
+    with tempfile.TemporaryDirectory() as folder:
+        args = ppo.Args(env_id=clock.env_id, seed=seed, run_dir=f"{folder}/run", **options)
+        clock.started = time.perf_counter()
+        ppo.train(args)
+
+
+def defaults(clock: Clock, seed: int) -> None:
+    """The script as it is shipped."""
+    script(clock, seed)
+
+
+def command(clock: Clock, seed: int) -> None:
+    """The script with the options of the documented command."""
+    script(clock, seed, **COMMANDS[clock.env_id])
+
+
+def stable_baselines3(clock: Clock, seed: int) -> None:
+    """Trains with stable_baselines3.PPO and the zoo's settings."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+
+    class Look(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                clock.look(self.num_timesteps, lambda obs: self.model.predict(obs, deterministic=True)[0])
+
+        def _on_step(self) -> bool:
+            return True
+
+    options = dict(ZOO[clock.env_id])
+    env = make_vec_env(clock.env_id, options.pop("num_envs"), seed=seed)
+    agent = PPO("MlpPolicy", env, seed=seed, device="cpu", **options)
+    clock.started = time.perf_counter()
+    agent.learn(100_000, callback=Look())
+
+
+SIDES = (defaults, command, stable_baselines3)
+
+
+def main(options: Options) -> None:
+    """Measures all sides in turns, and goes on where it was interrupted."""
+    if options.turn:
+        clock = Clock(options.env_ids[0])
+        side = next(side for side in SIDES if side.__name__ == options.turn)
+        try:
+            side(clock, options.seeds[0])
+            print("nan", clock.steps)
+        except Solved:
+            print(f"{clock.seconds:.2f}", clock.steps)
+        return
+    rows = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            rows = list(csv.reader(file))[1:]
+    done = {tuple(row[:3]) for row in rows}
+    for env_id in options.env_ids:
+        for seed in options.seeds:
+            for side in SIDES:
+                if (env_id, side.__name__, str(seed)) in done:
+                    continue
+                arguments = ["--env-ids", env_id, "--seeds", str(seed), "--turn", side.__name__]
+                run = [sys.executable, __file__, *arguments]
+                output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+                rows.append([env_id, side.__name__, str(seed), *output.split()[-2:]])
+                print(*rows[-1], flush=True)
+                with RESULTS.open("w", newline="") as file:
+                    writer = csv.writer(file)
+                    writer.writerow(["env_id", "side", "seed", "seconds", "steps"])
+                    writer.writerows(rows)
+        for side in SIDES:
+            times = [float(row[3]) for row in rows if row[:2] == [env_id, side.__name__]]
+            print(env_id, side.__name__, "median", statistics.median(times), "worst", max(times))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

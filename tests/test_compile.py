@@ -1,0 +1,85 @@
+"""--compile: the same learning step as one compiled graph."""
+
+import copy
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from suite import SCRIPTS, control, resumed, small
+from test_command_line import refusal
+from test_resume import same
+
+# torch's own, when its compiler is imported
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture
+def graphs():
+    """A function: how many graphs torch has compiled since the test began."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+REAL = [script for script in SCRIPTS if script.__name__ == "ppo_discrete"]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "backend"),
+    # tracing is what a script can break; compiling what was traced takes up to a minute
+    [
+        *((script, "aot_eager") for script in control.args[1]),
+        *(pytest.param(script, "inductor", marks=pytest.mark.slow) for script in REAL),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_compiled_it_learns_the_same_with_one_graph_for_all_iterations(
+    ppo, backend, tmp_path, monkeypatch, capsys, graphs
+):
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_function(function, **options, backend=backend)
+    )
+    weights = {False: [], True: []}
+    monkeypatch.setattr(
+        ppo,
+        "save_checkpoint",
+        lambda run_dir, args, i, agent, *_: weights[args.compile].append(copy.deepcopy(agent)),
+    )
+    # what changes from iteration to iteration must not need another graph
+    options = dict(checkpoint_every=1, learning_rate=1e-3) | (
+        {"anneal_clip": True} if hasattr(ppo.Args, "anneal_clip") else {}
+    )
+    for compile in (False, True):
+        ppo.train(small(ppo, tmp_path / str(compile), compile=compile, **options))
+        assert ("--compile: the first iteration takes" in capsys.readouterr().err) == compile
+    assert graphs() == 1
+    eager, compiled = (dict(agents[1].named_parameters()) for agents in weights.values())
+    start = dict(weights[False][0].named_parameters())
+    for name, parameter in eager.items():
+        torch.testing.assert_close(compiled[name], parameter, rtol=1e-4, atol=1e-6)
+        assert not parameter.numel() or (parameter - start[name]).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(tmp_path, graphs):
+    (ppo,) = REAL
+    ppo.train(small(ppo, tmp_path / "long", compile=True, anneal_lr=False))
+    ppo.train(small(ppo, tmp_path / "short", compile=True, anneal_lr=False, total_timesteps=256))
+    resumed(ppo, tmp_path / "short", total_timesteps=512)
+    long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
+    assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
+
+
+@control
+def test_what_compiling_needs_is_told_in_one_line(ppo, monkeypatch, capsys, run_dir):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "needs a C++ compiler, g++ or clang++" in refusal(
+        ppo, monkeypatch, capsys, "--compile", "--run-dir", str(run_dir)
+    )
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
+    assert "needs a torch that traces gradients" in refusal(ppo, monkeypatch, capsys, "--compile")
+    assert not run_dir.exists()
