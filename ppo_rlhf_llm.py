@@ -1267,8 +1267,10 @@ def train(args: Args) -> list[dict[str, float]]:
     for tag, value in metrics.items():
         # one step later than the checkpoint, so that a run resumed here drops it and writes it again
         writer.add_scalar(tag, value, step + 1)
-    table = "|prompt|SFT|PPO|SFT reward|PPO reward|SFT gold|PPO gold|\n|-|-|-|-|-|-|-|\n"
-    cells = [[x if isinstance(x, str) else f"{x:.2f}" for x in row] for row in rows[:20]]
+    columns = ["prompt", "SFT", "PPO", "SFT reward", "PPO reward", "SFT gold", "PPO gold"]
+    columns = columns if data.labeller else columns[:-2]  # nobody knows the gold score then
+    table = f"|{'|'.join(columns)}|\n{'|-' * len(columns)}|\n"
+    cells = [[x if isinstance(x, str) else f"{x:.2f}" for x in row[: len(columns)]] for row in rows[:20]]
     table += "\n".join(
         "|" + "|".join(" ".join(c.replace("|", "/").split()) for c in row) + "|" for row in cells
     )

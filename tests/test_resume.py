@@ -57,16 +57,8 @@ def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path
         options = ["--layers", 2, "--width", 32, "--heads", 2, "--num-texts", 640, "--num-pairs", 100]
         options += ["--answer-length", 16, "--batch-size", 16, "--total-episodes", 256, "--eval-prompts", 8]
     else:
-        options = [
-            "--num-envs",
-            4,
-            "--num-steps",
-            256,
-            "--num-minibatches",
-            8,
-            "--total-timesteps",
-            16 * 1024,
-        ]
+        options = ["--num-envs", 4, "--num-steps", 256, "--num-minibatches", 8]
+        options += ["--total-timesteps", 16 * 1024]
         options += ["--eval-episodes", 2]
     options += ["--checkpoint-every", 2]
     chance = random.Random(time.time_ns())

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from suite import curve, resumed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_command_line import refusal
 from test_resume import assert_same_run
 from test_rlhf import rlhf, tiny, train_and_stop
@@ -333,6 +334,15 @@ class TestFiles:
     def test_a_file_that_is_missing_is_named(self, files, options, message):
         with pytest.raises(rlhf.UserError, match=message):
             rlhf.load_data(rlhf.Models(tiny(**{name: files[name] for name in options})))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_table_of_answers_speaks_of_gold_only_where_a_labeller_gives_it(run_dir, files, own):
+    rlhf.train(tiny(run_dir, **(files if own else {})))
+    events = EventAccumulator(str(run_dir)).Reload().Tensors("answers/text_summary")
+    header, _, *rows = events[0].tensor_proto.string_val[0].decode().splitlines()
+    assert ("gold" in header) != own
+    assert rows and {row.count("|") for row in rows} == {header.count("|")}
 
 
 @pytest.mark.parametrize(
