@@ -1,12 +1,11 @@
 """Where an iteration of ppo_continuous.py spends its time, eager and with --compile.
 
-    python benchmarks/parts.py                             prints milliseconds, medians over iterations
+    python benchmarks/parts.py                             writes benchmarks/results/parts.csv
 
 HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches, one thread. Functions of the script are
-wrapped with a clock, which itself costs a microsecond a call.
+wrapped with a clock, which itself costs a microsecond a call. Milliseconds, medians over iterations.
 """
 
-import importlib.util
 import itertools
 import statistics
 import sys
@@ -14,18 +13,17 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import in_fresh_process, load, measured
 
-ROOT = Path(__file__).resolve().parent.parent
 ROWS, ITERATIONS = 2048, 10
+PARTS = ("environment", "policy", "sums", "gradient", "adam")
 
 
-def main(compile: bool) -> None:
-    spec = importlib.util.spec_from_file_location("ppo_continuous", ROOT / "ppo_continuous.py")
-    ppo = sys.modules["ppo_continuous"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ppo)
+def milliseconds(compile: bool) -> list[float]:
+    """Of the parts, of the rest, and of the whole iteration."""
+    ppo = load("ppo_continuous")
     spent, snapshots = defaultdict(float), []
 
     def timed(name: str, function: Callable) -> Callable:
@@ -59,22 +57,26 @@ def main(compile: bool) -> None:
         ppo.compiled = lambda *inputs: timed("gradient", make_graph(*inputs))
     else:
         ppo.minibatch_gradient = timed("gradient", ppo.minibatch_gradient)
-    step = torch.optim.Adam.step
-    torch.optim.Adam.step = timed("adam", step)
+    torch.optim.Adam.step = timed("adam", torch.optim.Adam.step)
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
         job = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=ROWS, num_minibatches=32)
         job |= dict(total_timesteps=ROWS * ITERATIONS, checkpoint_every=ITERATIONS, run_dir=f"{folder}/run")
         ppo.train(ppo.Args(**job, compile=compile))
-    torch.optim.Adam.step = step
-    parts = {
-        name: 1000 * statistics.median(b[name] - a[name] for a, b in itertools.pairwise(snapshots))
-        for name in snapshots[0]
-    }
-    parts["rest"] = 2 * parts["iteration"] - sum(parts.values())
-    print("--compile" if compile else "eager", {name: round(value) for name, value in parts.items()}, "ms")
+    *parts, whole = (
+        1000 * statistics.median(b[name] - a[name] for a, b in itertools.pairwise(snapshots))
+        for name in (*PARTS, "iteration")
+    )
+    return [*parts, whole - sum(parts), whole]
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        print(*map(round, milliseconds(compile=sys.argv[1] == "compiled")))
+        return
+    columns = ["mode", *PARTS, "rest", "iteration"]
+    measured("parts", columns, [("eager",), ("compiled",)], in_fresh_process)
 
 
 if __name__ == "__main__":
-    for compile in (False, True):
-        main(compile)
+    main()

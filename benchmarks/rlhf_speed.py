@@ -7,10 +7,6 @@ threads. The sides take turns, each in a fresh process, so that a noisy machine 
 counts is the ratio of the medians. TRL is installed into an environment of its own, runs/trl.
 """
 
-import csv
-import importlib.util
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,8 +14,8 @@ import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "rlhf_speed.csv"
+from common import ROOT, in_fresh_process, load, measured, peak_mebibytes
+
 TRL = ROOT / "runs" / "trl"
 ITERATIONS, TURNS = 8, 5
 N, P, L, V, WIDTH, LAYERS, HEADS = 64, 16, 32, 258, 128, 4, 4
@@ -27,9 +23,7 @@ N, P, L, V, WIDTH, LAYERS, HEADS = 64, 16, 32, 258, 128, 4, 4
 
 def ours(bf16: bool) -> list[float]:
     """The moments at which iterations end."""
-    spec = importlib.util.spec_from_file_location("ppo_rlhf_llm", ROOT / "ppo_rlhf_llm.py")
-    rlhf = sys.modules["ppo_rlhf_llm"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rlhf)
+    rlhf = load("ppo_rlhf_llm")
     import torch
 
     torch.set_num_threads(2)
@@ -87,36 +81,29 @@ def trl() -> list[float]:
 SIDES = {"ours": lambda: ours(bf16=False), "ours --bf16": lambda: ours(bf16=True), "trl": trl}
 
 
+def measure(_: int, side: str) -> tuple[float, int]:
+    """Seconds of an iteration and peak memory of a turn in a fresh process."""
+    python = TRL / "bin" / "python" if side == "trl" else sys.executable
+    seconds, mebibytes = (float(word) for word in in_fresh_process(side, python=python))
+    return round(seconds, 3), round(mebibytes)
+
+
 def main() -> None:
     """Measures the sides in turns and writes the results."""
-    if len(sys.argv) > 1:  # one turn of one side
+    if sys.argv[1:]:  # one turn of one side
         moments = SIDES[sys.argv[1]]()
-        mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print((moments[-1] - moments[0]) / (len(moments) - 1), mebibytes)
+        print((moments[-1] - moments[0]) / (len(moments) - 1), peak_mebibytes())
         return
-    pythons = dict.fromkeys(SIDES, sys.executable) | {"trl": str(TRL / "bin" / "python")}
-    if not Path(pythons["trl"]).exists():
+    if not TRL.exists():
         venv.create(TRL, with_pip=True)
-        subprocess.run([pythons["trl"], "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"], check=True)
-    processor = Path("/proc/cpuinfo")
+        pip = [TRL / "bin" / "python", "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"]
+        subprocess.run(pip, check=True)
+    processor, sides = Path("/proc/cpuinfo"), list(SIDES)
     if not (processor.exists() and "bf16" in processor.read_text()):
         print("this processor has no bfloat16 arithmetic: --bf16 is not measured")
-        del pythons["ours --bf16"]
-    rows = []
-    for turn in range(1, TURNS + 1):
-        for side, python in pythons.items():
-            command = [python, __file__, side]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, mebibytes = (float(word) for word in output.split()[-2:])
-            rows.append([side, turn, round(seconds, 3), round(mebibytes)])
-            print(f"{side:12s} {seconds:6.3f} s an iteration, {mebibytes:5.0f} MiB", flush=True)
-    seconds = {side: statistics.median(row[2] for row in rows if row[0] == side) for side in pythons}
-    for side in pythons.keys() - {"trl"}:
-        print(f"{side}: {seconds['trl'] / seconds[side]:.2f} times as fast as TRL (medians)")
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["side", "turn", "seconds_per_iteration", "peak_mebibytes"])
-        writer.writerows(rows)
+        sides.remove("ours --bf16")
+    turns = [(k + 1, side) for k in range(TURNS) for side in sides]
+    measured("rlhf_speed", ["turn", "side", "seconds_per_iteration", "peak_mebibytes"], turns, measure)
 
 
 if __name__ == "__main__":

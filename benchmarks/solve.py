@@ -8,24 +8,17 @@ defaults and one command for each task, below. The sides take turns, each in a f
 Runs that are in the table already are not repeated. Needs requirements-extra.txt.
 """
 
-import csv
-import importlib.util
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
+from common import in_fresh_process, load, measured
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "solve.csv"
 BARS = {"Pendulum-v1": -200.0, "CartPole-v1": 475.0}
 SCRIPTS = {"Pendulum-v1": "ppo_continuous", "CartPole-v1": "ppo_discrete"}
 EVERY = {"Pendulum-v1": 2048, "CartPole-v1": 1024}  # steps between evaluations
@@ -69,18 +62,6 @@ ZOO = {
 }
 
 
-@dataclass
-class Options:
-    """What to measure."""
-
-    env_ids: list[str] = field(default_factory=lambda: list(BARS))
-    """which tasks"""
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """which seeds"""
-    turn: str | None = None
-    """used by the benchmark itself: one side now, for the first task and seed"""
-
-
 class Solved(Exception):
     """The bar is reached."""
 
@@ -121,10 +102,7 @@ def play(env_id: str, act: Callable[[np.ndarray], np.ndarray]) -> float:
 
 def script(clock: Clock, seed: int, **options: float) -> None:
     """Trains with the project's script."""
-    name = SCRIPTS[clock.env_id]
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    ppo = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ppo)
+    ppo = load(SCRIPTS[clock.env_id])
     agents, flatten, explained_variance = [], ppo.flatten_parameters, ppo.explained_variance
     ppo.flatten_parameters = lambda agent: agents.append(agent) or flatten(agent)
 
@@ -176,40 +154,20 @@ def stable_baselines3(clock: Clock, seed: int) -> None:
 SIDES = (defaults, command, stable_baselines3)
 
 
-def main(options: Options) -> None:
+def main() -> None:
     """Measures all sides in turns, and goes on where it was interrupted."""
-    if options.turn:
-        clock = Clock(options.env_ids[0])
-        side = next(side for side in SIDES if side.__name__ == options.turn)
+    if sys.argv[1:]:
+        env_id, seed, name = sys.argv[1:]
+        clock, side = Clock(env_id), next(side for side in SIDES if side.__name__ == name)
         try:
-            side(clock, options.seeds[0])
+            side(clock, int(seed))
             print("nan", clock.steps)
         except Solved:
             print(f"{clock.seconds:.2f}", clock.steps)
         return
-    rows = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = list(csv.reader(file))[1:]
-    done = {tuple(row[:3]) for row in rows}
-    for env_id in options.env_ids:
-        for seed in options.seeds:
-            for side in SIDES:
-                if (env_id, side.__name__, str(seed)) in done:
-                    continue
-                arguments = ["--env-ids", env_id, "--seeds", str(seed), "--turn", side.__name__]
-                run = [sys.executable, __file__, *arguments]
-                output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-                rows.append([env_id, side.__name__, str(seed), *output.split()[-2:]])
-                print(*rows[-1], flush=True)
-                with RESULTS.open("w", newline="") as file:
-                    writer = csv.writer(file)
-                    writer.writerow(["env_id", "side", "seed", "seconds", "steps"])
-                    writer.writerows(rows)
-        for side in SIDES:
-            times = [float(row[3]) for row in rows if row[:2] == [env_id, side.__name__]]
-            print(env_id, side.__name__, "median", statistics.median(times), "worst", max(times))
+    turns = [(env_id, seed, side.__name__) for env_id in BARS for seed in range(1, 6) for side in SIDES]
+    measured("solve", ["env_id", "seed", "side", "seconds", "steps"], turns, in_fresh_process)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main()

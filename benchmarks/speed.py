@@ -1,230 +1,216 @@
-"""Steps per second of the scripts, eager and with --compile, against stable-baselines3 on the same work.
+"""All that is measured of speed, in one run: a table, a picture, the machine, the versions, the commands.
 
-    python benchmarks/speed.py                             writes benchmarks/results/speed.csv
-    python benchmarks/speed.py --jobs ppo_discrete
+    python benchmarks/speed.py                             writes benchmarks/results/speed.md and speed.png
 
-ppo_continuous: HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches, both normalisations;
-also the environment alone, with random actions. ppo_discrete: CartPole-v1, 4 environments x 128 steps,
-4 epochs, 4 minibatches, no normalisations of the task. learning_step: gradient and Adam's update for 64 rows
-of HalfCheetah. One thread each; training only, the first rollout (and what is compiled in it) is warm-up.
-The sides take turns, each in a fresh process, so that a noisy machine disturbs all alike; what counts is the
-ratio of the medians. Steps per second are told by the clock on the wall and by the processor time that the
-process got, which other programs on the machine disturb less. Needs requirements-extra.txt.
+Runs steps.py, parts.py, rlhf_speed.py, growth.py, solve.py and gpu.py one after the other, about an hour on
+a machine that should do nothing else. Interrupted, it goes on where it was; what is in benchmarks/results
+already is not measured again, so to repeat it delete the CSV files of that list. README.md quotes the tables.
+Needs requirements-extra.txt.
 """
 
 import csv
-import importlib.util
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
-import torch
-import tyro
+import matplotlib
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from common import RESULTS, ROOT, median, values
 
-
-JOBS = {  # options of the scripts; normalisation is a wrapper on the other side
-    "ppo_continuous": dict(
-        env_id="HalfCheetah-v5", num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10
-    ),
-    "ppo_discrete": dict(
-        env_id="CartPole-v1",
-        num_envs=4,
-        num_steps=128,
-        num_minibatches=4,
-        update_epochs=4,
-        norm_obs=False,
-        norm_reward=False,
-    ),
-}
+BENCHMARKS = ("steps", "parts", "rlhf_speed", "growth", "solve", "gpu")
+LIBRARIES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "stable-baselines3")
+SIDES = {"ours": "eager", "compiled": "--compile", "stable_baselines3": "stable-baselines3"}
 
 
-@dataclass
-class Options:
-    """What to measure."""
-
-    jobs: list[str] = field(default_factory=lambda: list(SIDES))
-    """which of the jobs"""
-    repetitions: int = 5
-    """turns of each side"""
-    total_timesteps: int | None = None
-    """environment steps of a turn; the first rollout is warm-up and not counted (None: 6 or 60 rollouts)"""
-    turn: str | None = None
-    """used by the benchmark itself: measure one side now and print its steps per second"""
+def read(name: str) -> list[dict[str, str]]:
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
-Moment = tuple[float, float]  # wall clock, processor time
-
-
-def now() -> Moment:
-    return time.perf_counter(), time.process_time()
-
-
-def load(script: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
-    ppo = sys.modules[script] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ppo)
-    return ppo
-
-
-def ours(script: str, total_timesteps: int, **options: bool) -> list[Moment]:
-    """The moments at which iterations of the script end."""
-    ppo = load(script)
-    moments, explained_variance = [], ppo.explained_variance  # called once, at the end of an iteration
-    ppo.explained_variance = lambda *x: moments.append(now()) or explained_variance(*x)
-    ppo.evaluate = lambda *_: [0.0]
-    with tempfile.TemporaryDirectory() as folder:
-        options |= JOBS[script] | dict(learning_rate=3e-4, total_timesteps=total_timesteps)
-        ppo.train(ppo.Args(**options, run_dir=f"{folder}/run"))
-    return moments
-
-
-def compiled(script: str, total_timesteps: int) -> list[Moment]:
-    """The same with --compile."""
-    return ours(script, total_timesteps, compile=True)
-
-
-def environment(script: str, total_timesteps: int) -> list[Moment]:
-    """The environment alone, with random actions, a moment for each rollout."""
-    import gymnasium as gym
-
-    env, moments = gym.make(JOBS[script]["env_id"]), []
-    env.action_space.seed(1)
-    env.reset(seed=1)
-    for step in range(total_timesteps):
-        if step % JOBS[script]["num_steps"] == 0:
-            moments.append(now())
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        if terminated or truncated:
-            env.reset()
-    return moments
-
-
-def learning_steps(_: str, steps: int, compile: bool = False) -> list[Moment]:
-    """Moments before and after these learning steps of ppo_continuous: a gradient and Adam's update each."""
-    ppo = load("ppo_continuous")
-    torch.set_num_threads(1)
-    args, size = ppo.Args(), 17
-    agent = ppo.Agent(size, -torch.ones(6), torch.ones(6), args)
-    weights = ppo.flatten_parameters(agent)
-    optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
-    shapes = ((64, size), (64, 6), (64,), (64,), (64,), (64,))
-    minibatches = [tuple(map(torch.randn, shapes)) for _ in range(32)]
-    gradient_of = ppo.compiled(ppo.minibatch_gradient, args) if compile else ppo.minibatch_gradient
-    moments = []
-    for step in range(100 + steps):
-        if step == 100:  # warm
-            moments.append(now())
-        weights.grad, *_ = gradient_of(agent, minibatches[step % 32], args)
-        optimizer.step()
-    return [*moments, now()]
-
-
-def compiled_learning_steps(job: str, steps: int) -> list[Moment]:
-    """The same as one graph."""
-    return learning_steps(job, steps, compile=True)
-
-
-def stable_baselines3(script: str, total_timesteps: int) -> list[Moment]:
-    """The same for stable_baselines3.PPO."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-
-    torch.set_num_threads(1)
-    job, moments = JOBS[script], []
-
-    class Clock(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            moments.append(now())
-
-        def _on_step(self) -> bool:
-            return True
-
-    env = make_vec_env(job["env_id"], job["num_envs"])
-    env = VecNormalize(env) if job.get("norm_obs", True) else env
-    rows = job["num_envs"] * job["num_steps"]
-    agent = PPO(
-        "MlpPolicy",
-        env,
-        n_steps=job["num_steps"],
-        batch_size=rows // job["num_minibatches"],
-        n_epochs=job["update_epochs"],
-        seed=1,
-        device="cpu",
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["-"] * len(header), *rows]
+    return "\n".join(
+        "|" + "|".join(line if line[0] == "-" else (f" {cell} " for cell in line)) + "|" for line in lines
     )
-    agent.learn(total_timesteps, callback=Clock())
-    return [*moments[1:], now()]  # the first rollout begins where no iteration has ended
 
 
-SIDES = {
-    "ppo_continuous": (ours, compiled, stable_baselines3, environment),
-    "ppo_discrete": (ours, compiled, stable_baselines3),
-    "learning_step": (learning_steps, compiled_learning_steps),
-}
+def machine() -> str:
+    """What it was measured on, and with."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return (
+        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, "
+        f"Python {platform.python_version()}, {libraries}, trl 1.12.0"
+    )
 
 
-def turn(job: str, side: Callable, total_timesteps: int | None) -> tuple[float, float]:
-    """Steps per second on the wall and of processor time."""
-    if job == "learning_step":
-        steps, moments = 3000, side(job, 3000)
-    else:
-        rows = JOBS[job]["num_envs"] * JOBS[job]["num_steps"]
-        moments = side(job, total_timesteps or rows * (6 if rows > 1000 else 60))
-        steps = rows * (len(moments) - 1)
-    return tuple(steps / (last - first) for first, last in zip(moments[0], moments[-1], strict=True))
+def ratio(rows: list[dict], column: str, above: dict, below: dict) -> str:
+    """The ratio of the medians, and between what the ratios of single turns lie."""
+    each = [a / b for a, b in zip(values(rows, column, **above), values(rows, column, **below), strict=True)]
+    medians = median(rows, column, **above) / median(rows, column, **below)
+    return f"{medians:.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
-def measure(job: str, options: Options) -> list[list]:
-    """Rows of the table: all sides of a job in turns, each in a process of its own."""
-    rows = []
-    for repetition in range(1, options.repetitions + 1):
-        for side in SIDES[job]:
-            command = [sys.executable, __file__, "--jobs", job, "--turn", side.__name__]
-            if options.total_timesteps:
-                command += ["--total-timesteps", str(options.total_timesteps)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rates = [float(word) for word in output.split()[-2:]]
-            rows.append([job, side.__name__, repetition, *map(round, rates)])
-            print(*rows[-1], flush=True)
-    for column, clock in ((3, "wall"), (4, "processor")):
-        medians = {
-            side.__name__: statistics.median(row[column] for row in rows if row[1] == side.__name__)
-            for side in SIDES[job]
-        }
-        print(f"{job}, {clock}, medians of steps per second:", medians, flush=True)
-    return rows
+def steps_table(rows: list[dict]) -> str:
+    lines = []
+    for job, label in (("half_cheetah", "HalfCheetah-v5"), ("cart_pole", "CartPole-v1")):
+        for clock in ("processor", "wall"):
+            cells = [f"{median(rows, clock, job=job, side=side):,.0f}" for side in SIDES]
+            peer = dict(job=job, side="stable_baselines3")
+            ratios = [ratio(rows, clock, dict(job=job, side=side), peer) for side in ("ours", "compiled")]
+            lines.append([label, clock, *cells, *ratios])
+    header = ["steps per second", "clock", *SIDES.values(), "eager, ratio", "--compile, ratio"]
+    return table(header, lines)
 
 
-def main(options: Options) -> None:
-    """Measures all sides in turns and writes the results, those of other jobs kept."""
-    if options.turn:
-        (job,) = options.jobs
-        side = next(side for side in SIDES[job] if side.__name__ == options.turn)
-        print(*turn(job, side, options.total_timesteps))
-        return
-    rows = []
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            rows = [row for row in list(csv.reader(file))[1:] if row[0] not in options.jobs]
-    for job in options.jobs:
-        rows += measure(job, options)
-    print(f"torch {torch.__version__}, {platform.machine()}")
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["job", "side", "repetition", "steps_per_second", "steps_per_processor_second"])
-        writer.writerows(rows)
+def single_numbers(rows: list[dict]) -> str:
+    """What is no comparison of steps per second."""
+    alone = dict(job="half_cheetah", side="environment")
+    shares = [
+        ratio(rows, "processor", dict(job="half_cheetah", side=side), alone) for side in ("ours", "compiled")
+    ]
+    learning = [
+        1000 / median(rows, "processor", job="learning_step", side=side) for side in ("ours", "compiled")
+    ]
+    start = [median(rows, "wall", job="start", side=side) for side in ("ours", "stable_baselines3")]
+    steps = median(rows, "processor", **alone)
+    return table(
+        ["", "eager", "--compile", "stable-baselines3"],
+        [
+            [f"HalfCheetah-v5 as a share of the environment alone ({steps:,.0f} steps/s)", *shares, ""],
+            ["one learning step, ms", *(f"{x:.2f}" for x in learning), ""],
+            ["shell to first gradient, s", f"{start[0]:.1f}", "", f"{start[1]:.1f}"],
+        ],
+    )
+
+
+def solve_table(rows: list[dict]) -> str:
+    lines = []
+    for env_id in dict.fromkeys(row["env_id"] for row in rows):
+        times = [
+            values(rows, "seconds", env_id=env_id, side=s)
+            for s in ("defaults", "command", "stable_baselines3")
+        ]
+        medians = [statistics.median(x) for x in times]
+        cells = [f"{middle:.1f} ({max(x):.1f})" for middle, x in zip(medians, times, strict=True)]
+        lines.append([env_id, *cells, *(f"{x / medians[2]:.2f}" for x in medians[:2])])
+    peer = "stable-baselines3, settings of its zoo"
+    return table(["seconds to solve", "shipped defaults", "one command", peer, "ratios", ""], lines)
+
+
+def rlhf_table(rows: list[dict]) -> str:
+    lines = []
+    for side in dict.fromkeys(row["side"] for row in rows):
+        seconds = values(rows, "seconds_per_iteration", side=side)
+        memory = max(values(rows, "peak_mebibytes", side=side))
+        speed = ratio(rows, "seconds_per_iteration", dict(side="trl"), dict(side=side))
+        span = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        lines.append([side, span, f"{memory:,.0f}", speed if side != "trl" else ""])
+    return table(["RLHF", "seconds an iteration", "peak, MiB", "times as fast as TRL"], lines)
+
+
+def least(rows: list[dict], column: str, **key: object) -> float:
+    """The smallest of the turns: other programs only add."""
+    return min(values(rows, column, **key))
+
+
+def growth_table(rows: list[dict]) -> str:
+    """Seconds and MiB at each size, the least of the turns."""
+    lines = []
+    for key in dict.fromkeys((row["grows"], row["variant"]) for row in rows):
+        some = dict(zip(("grows", "variant"), key, strict=True))
+        sizes = dict.fromkeys(int(row["size"]) for row in rows if (row["grows"], row["variant"]) == key)
+        for column, form in (("seconds", ".2f"), ("mebibytes", ",.0f")):
+            cells = (f"{size}: {least(rows, column, **some, size=size):{form}}" for size in sizes)
+            lines.append([" ".join(key), column, ", ".join(cells)])
+    return table(["what grows", "", "size: least of two turns"], lines)
+
+
+def draw(steps: list[dict], rlhf: list[dict], solve: list[dict], growth: list[dict]) -> None:
+    """Three rows: against peers, time as sizes grow, memory as sizes grow."""
+    figure, panels = plt.subplots(3, 4, figsize=(15, 10), layout="constrained")
+    compared = (
+        ("HalfCheetah-v5, steps per second", steps, "processor", dict(job="half_cheetah"), SIDES),
+        ("CartPole-v1, steps per second", steps, "processor", dict(job="cart_pole"), SIDES),
+        ("Pendulum-v1, seconds to solve", solve, "seconds", dict(env_id="Pendulum-v1"), None),
+        ("RLHF, seconds an iteration", rlhf, "seconds_per_iteration", {}, None),
+    )
+    for panel, (title, rows, column, key, sides) in zip(panels[0], compared, strict=True):
+        sides = sides or {row["side"]: row["side"].replace("_baselines", "-baselines") for row in rows}
+        for place, (side, label) in enumerate(sides.items()):
+            each = values(rows, column, **key, side=side)
+            label = label.replace("stable-baselines3", "stable-\nbaselines3")
+            panel.bar(label, statistics.median(each), color=f"C{place}", alpha=0.4)
+            panel.plot([label] * len(each), each, "o", color=f"C{place}", markersize=4)
+        panel.set_title(title, fontsize=10)
+    titles = (
+        "environments",
+        "units in a hidden layer",
+        "tokens of an answer, 64 answers",
+        "answers of 32 tokens",
+    )
+    for column, (grows, title) in enumerate(
+        zip(dict.fromkeys(row["grows"] for row in growth), titles, strict=True)
+    ):
+        for variant in dict.fromkeys(row["variant"] for row in growth if row["grows"] == grows):
+            key = dict(grows=grows, variant=variant)
+            sizes = sorted(
+                {int(row["size"]) for row in growth if (row["grows"], row["variant"]) == tuple(key.values())}
+            )
+            seconds, memory = (
+                [least(growth, name, **key, size=size) for size in sizes] for name in ("seconds", "mebibytes")
+            )
+            work = {"envs": [2048] * len(sizes), "width": [2048] * len(sizes)}
+            work |= {"answer_length": [64 * n for n in sizes], "batch": [32 * n for n in sizes]}
+            rates = [done / s for done, s in zip(work[grows], seconds, strict=True)]
+            panels[1, column].plot(sizes, rates, "o-", markersize=3, label=variant)
+            panels[2, column].plot(sizes, memory, "o-", markersize=3, label=variant)
+        for panel in panels[1:, column]:
+            panel.set_xscale("log", base=2)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            if grows in ("envs", "width"):
+                panel.legend(fontsize=8)
+        panels[1, column].set_title(
+            "steps per second" if column < 2 else "answer tokens per second", fontsize=10
+        )
+        panels[2, column].set_title("memory, MiB", fontsize=10)
+        panels[2, column].set_xlabel(title)
+    figure.savefig(RESULTS / "speed.png", dpi=70)
+
+
+def main() -> None:
+    for name in BENCHMARKS:
+        subprocess.run([sys.executable, ROOT / "benchmarks" / f"{name}.py"], check=True)
+    steps, rlhf, solve, growth = (read(name) for name in ("steps", "rlhf_speed", "solve", "growth"))
+    draw(steps, rlhf, solve, growth)
+    parts, gpu = read("parts"), read("gpu")
+    sections = [
+        f"# Speed\n\n{machine()}. Commands: "
+        + ", ".join(f"`python benchmarks/{name}.py`" for name in BENCHMARKS),
+        steps_table(steps),
+        single_numbers(steps),
+        table([*parts[0]], [list(row.values()) for row in parts]),
+        solve_table(solve),
+        rlhf_table(rlhf),
+        growth_table(growth),
+        table([*gpu[0]], [list(row.values()) for row in gpu]) if gpu else "No GPU was at hand.",
+        "![speed and growth](speed.png)",
+    ]
+    (RESULTS / "speed.md").write_text("\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main()

@@ -131,6 +131,13 @@ def test_the_details_table_names_functions_defaults_and_switches_that_exist(sect
                     assert actual == values.get(script.__name__, values.get("")), (detail, script)
 
 
+def test_the_tables_of_speed_in_the_readme_are_what_the_benchmark_wrote():
+    measured = (ROOT / "benchmarks" / "results" / "speed.md").read_text().splitlines()
+    section = (ROOT / "README.md").read_text().split("\n### Speed\n")[1].split("\n## ")[0]
+    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(quoted) > 15 and not [line for line in quoted if line not in measured]
+
+
 def test_every_path_that_the_readme_links_to_exists():
     paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
     assert paths and all((ROOT / path).exists() for path in paths)
