@@ -8,6 +8,7 @@
 
     python ppo_penalty.py --env-id Pendulum-v1             trains, evaluates, saves
     tensorboard --logdir runs                              shows it
+    torchrun --nproc-per-node=2 ppo_penalty.py             trains in two processes
     python ppo_penalty.py --resume runs/NAME               goes on as if it had never stopped
     python ppo_penalty.py --evaluate runs/NAME             plays the saved agent
 
@@ -42,6 +43,7 @@ from typing import get_args
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -60,7 +62,7 @@ class Args:
     learning_rate: float = 1e-3
     """Adam's step size (alpha)"""
     num_envs: int = 8
-    """parallel environments (N)"""
+    """parallel environments (N), those of all processes together"""
     num_steps: int = 256
     """steps of each environment in one rollout (T)"""
     anneal_lr: bool = True
@@ -167,6 +169,11 @@ class Args:
             raise ValueError(
                 f"num_envs * num_steps = {rows} does not divide into --num-minibatches {parts} of two "
                 f"rows or more; {' or '.join(map(str, nearest)) or 'other sizes'} would do"
+            )
+        if self.num_envs % WORLD_SIZE or self.minibatch_size % WORLD_SIZE:
+            raise ValueError(
+                f"--num-envs {self.num_envs} and minibatches of {self.minibatch_size} rows must be divisible "
+                f"by the {WORLD_SIZE} processes of torchrun"
             )
         if self.num_iterations == 0:
             raise ValueError(f"--total-timesteps is less than one rollout, num_envs * num_steps = {rows}")
@@ -473,6 +480,28 @@ def flatten_parameters(model: nn.Module) -> Tensor:
     return weights
 
 
+# --------------------------------------------------------------------------------------- the processes
+
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, written into x, the same bits in each."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Tensor, dim: int = 0) -> Tensor:
+    """x of all processes, which have equal shapes, joined in the order of their ranks."""
+    if WORLD_SIZE == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)
+
+
 # ------------------------------------------------------------------------------------ the environments
 
 
@@ -532,14 +561,14 @@ def minibatch_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (minus eq. 8 and 9) at B rows of the rollout -> its gradient, means, new log-probabilities.
 
-    The gradient is one vector for all weights, clipped; the means (4,) are of policy loss, value loss and
-    entropy, and the gradient's norm before clipping; log-probabilities (B,).
+    The gradient is one vector for all weights, averaged over processes and clipped; the means (4,) are of
+    policy loss, value loss and entropy, and the gradient's norm before clipping; log-probabilities (B,).
     """
     obs, actions, old_policy, old_logprobs, old_values, advantages, returns = minibatch
     new_policy, new_values = agent.distribution(obs), agent.value(obs)
     new_logprobs = agent.logprobs(actions, new_policy)
     if args.norm_adv:  # not in the paper: kl_coef and the learning rate then fit all reward scales
-        advantages = normalize(advantages)
+        advantages = normalize(gather(advantages)).chunk(WORLD_SIZE)[RANK]
     policy_loss = surrogate_policy_loss(new_logprobs, old_logprobs, advantages).mean()
     critic_loss = value_loss(new_values, old_values, returns, clip_coef=None).mean()
     # zero at the first minibatch, with zero gradient: the penalty holds back what comes after
@@ -549,7 +578,7 @@ def minibatch_gradient(
     loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and as in eq. 9
 
     gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
-    gradient = torch.cat([x.flatten() for x in gradients])
+    gradient = total(torch.cat([x.flatten() for x in gradients])) / WORLD_SIZE
     grad_norm = gradient.norm()
     gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
     means = torch.stack((policy_loss, critic_loss, entropy, grad_norm)).detach()
@@ -576,7 +605,10 @@ def train(args: Args) -> list[float]:
     first_step, last_step = first_iteration * args.batch_size, args.num_iterations * args.batch_size
     writer = open_writer(args, run_dir, resumed_at=first_step if checkpoint else None)
     line = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
-    progress = tqdm(desc=str(run_dir), initial=first_step, total=last_step, unit=" steps", bar_format=line)
+    steps = dict(initial=first_step, total=last_step, unit=" steps")
+    progress = tqdm(desc=str(run_dir), **steps, bar_format=line, disable=RANK > 0)
+    num_envs = args.num_envs // WORLD_SIZE  # of this process, and which of all N these are:
+    mine = slice(RANK * num_envs, (RANK + 1) * num_envs)
 
     for iteration in range(first_iteration, args.num_iterations):
         started, step = time.perf_counter(), (iteration + 1) * args.batch_size
@@ -587,15 +619,16 @@ def train(args: Args) -> list[float]:
             save_checkpoint(run_dir, args, iteration, agent, optimizer, episode_returns)
             torch.manual_seed(derive_seed(args.seed, iteration))
             envs.close()
-            envs = make_envs(args, args.num_envs)
-            obs_now, _ = envs.reset(seed=[derive_seed(args.seed, iteration, i) for i in range(args.num_envs)])
+            envs = make_envs(args, num_envs)
+            seeds = [derive_seed(args.seed, iteration, i) for i in range(args.num_envs)]
+            obs_now, _ = envs.reset(seed=seeds[mine])
             sums = np.zeros((args.num_envs, 3))  # of the episodes in progress, see running_sums
         if args.anneal_lr:  # not in the paper for control; its Atari runs do it
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
 
         # 1. collect: T steps of N environments. The loop only acts; what can be batched comes later.
         rows, policy = [], agent.acting_policy(like=obs_now)
-        noise = agent.noise(args.num_steps, args.num_envs)
+        noise = agent.noise(args.num_steps, args.num_envs)[:, mine]
         noise = noise.to(device) if torch.is_tensor(obs_now) else noise.numpy()
         for t in range(args.num_steps):
             action, env_action = policy(obs_now, noise[t])
@@ -613,8 +646,8 @@ def train(args: Args) -> list[float]:
         )
         raw_obs, raw_next_obs, rewards = raw_obs.float(), raw_next_obs.float(), rewards.float()
         check_finite(run_dir, step - args.batch_size, next_obs=raw_next_obs, obs=raw_obs, reward=rewards)
-        dones = (terminations | truncations).cpu().numpy()
-        all_sums = running_sums(rewards.cpu().numpy(), dones, args.gamma, start=sums)
+        all_rewards, dones = (gather(x, 1).cpu().numpy() for x in (rewards, terminations | truncations))
+        all_sums = running_sums(all_rewards, dones, args.gamma, start=sums)
         sums = all_sums[-1] * ~dones[-1, :, None]
         _, ended_returns, ended_lengths = all_sums[dones].T
         episode_returns += ended_returns.tolist()
@@ -637,28 +670,28 @@ def train(args: Args) -> list[float]:
 
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
         losses, logprob_pairs, kl_coef = [], [], agent.kl_coef.item()
-        for mb in minibatches(batch, args.minibatch_size, args.update_epochs):
+        for mb in minibatches(batch, args.minibatch_size // WORLD_SIZE, args.update_epochs):
             weights.grad, means, new_logprobs = gradient_of(agent, mb, args)
             losses.append(means.clone())  # a captured graph writes the next ones to the same place
             logprob_pairs.append((new_logprobs.clone(), mb[3]))  # new, old
-            if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
+            if args.target_kl and total(approx_kl(*logprob_pairs[-1])) / WORLD_SIZE > args.target_kl:
                 break
             optimizer.step()
         with torch.no_grad():  # once more, over all rows: how far the iteration has moved the policy
-            kl = agent.kl(old_policy, agent.distribution(obs)).mean()
+            kl = total(agent.kl(old_policy, agent.distribution(obs)).mean()) / WORLD_SIZE
         if args.adaptive:  # once for each iteration; the new coefficient serves the next
             next_kl_coef = update_kl_coef(kl_coef, kl.item(), args.kl_target)
             next_kl_coef = min(max(next_kl_coef, args.kl_coef_min), args.kl_coef_max)
             agent.kl_coef.fill_(next_kl_coef)
         if args.norm_obs:
             # frozen until here: what has acted has learned (the first iteration saw them unscaled)
-            agent.obs_moments.update(raw_obs.flatten(0, 1))
+            agent.obs_moments.update(gather(raw_obs.flatten(0, 1)))
 
         # 4. log: means over every minibatch of the iteration; kl over all rows, after the last
-        policy_loss, critic_loss, entropy, grad_norm = torch.stack(losses).mean(0)
+        policy_loss, critic_loss, entropy, grad_norm = total(torch.stack(losses).mean(0)) / WORLD_SIZE
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
         check_finite(run_dir, step, kl=kl, obs_var=agent.obs_moments.var, return_var=agent.return_moments.var)
-        logprobs = [torch.cat(column) for column in zip(*logprob_pairs, strict=True)]  # new, old
+        logprobs = [gather(torch.cat(column)) for column in zip(*logprob_pairs, strict=True)]  # new, old
         scalars = {
             "losses/policy_loss": policy_loss,
             "losses/value_loss": critic_loss,
@@ -667,7 +700,9 @@ def train(args: Args) -> list[float]:
             "losses/kl": kl,
             "charts/kl_coef": kl_coef,
             "charts/kl_to_target": kl / args.kl_target,
-            "losses/explained_variance": explained_variance(old_values.flatten(), returns.flatten()),
+            "losses/explained_variance": explained_variance(
+                *(gather(x).flatten() for x in (old_values, returns))
+            ),
             "losses/grad_norm": grad_norm,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / (time.perf_counter() - started),
@@ -688,6 +723,8 @@ def train(args: Args) -> list[float]:
     progress.close()
     envs.close()
     save_checkpoint(run_dir, args, args.num_iterations, agent, optimizer, episode_returns)
+    if RANK > 0:
+        return episode_returns
     evaluation = evaluate(agent, args, run_dir)
     # one step later than the checkpoint, so that a run resumed here drops it and writes it again
     writer.add_scalar("eval/episodic_return", np.mean(evaluation), last_step + 1)
@@ -761,12 +798,15 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
 def set_up_torch(args: Args) -> torch.device:
     """The device to learn on, with one thread and repeatable arithmetic."""
     torch.set_num_threads(1)  # the tensors are small: more threads would only wait for each other
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
     if not args.cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--cuda needs a GPU, and torch finds none here; leave it out to learn on the CPU")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda")
 
 
@@ -792,7 +832,9 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
         if len(bad):
             where = f"step {step}"
             if x.dim() >= 2:
-                where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
+                t, i = bad[0, :2].tolist()
+                where = f"step {step + (t + 1) * x.shape[1] * WORLD_SIZE}, "
+                where += f"in environment {RANK * x.shape[1] + i}"
             value = x[tuple(bad[0])].item()
             raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
 
@@ -828,7 +870,10 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if checkpoint["iteration"] == args.num_iterations:
             print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
         return Path(args.resume), checkpoint
-    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+    now = total(torch.tensor(time.time(), dtype=torch.float64)) / WORLD_SIZE  # the same in all processes
+    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(now)}")
+    if RANK > 0:
+        return run_dir, None
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
     try:
@@ -840,6 +885,8 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
 
 def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
     """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
+    if RANK > 0:
+        return SilentWriter(run_dir)
     if args.track:
         try:
             import wandb
@@ -857,8 +904,20 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
     return writer
 
 
+class SilentWriter:
+    """Stands for a SummaryWriter in all processes but the first, which tells for all."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self.log_dir = log_dir
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *inputs, **options: None
+
+
 def save_checkpoint(run_dir: Path, args: Args, iteration: int, agent, optimizer, returns: list) -> None:
     """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
+    if RANK > 0:  # which has the same to save
+        return
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "iteration": iteration}
     checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
@@ -927,6 +986,10 @@ def main() -> None:
             evaluate(load_agent(args.evaluate), args, Path(args.evaluate))
         else:
             train(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if RANK > 0:
+            os._exit(0)  # gloo's threads can crash an interpreter that ends as others do
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

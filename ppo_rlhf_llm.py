@@ -8,6 +8,7 @@
 
     python ppo_rlhf_llm.py                                 all three stages, on two CPU cores
     tensorboard --logdir runs                              shows them
+    torchrun --nproc-per-node=2 ppo_rlhf_llm.py            trains in two processes
     python ppo_rlhf_llm.py --resume runs/NAME              goes on as if it had never stopped
     python ppo_rlhf_llm.py --evaluate runs/NAME            compares the saved policy with the SFT model
     python ppo_rlhf_llm.py --evaluate runs/NAME --generate "My kettle leaks."
@@ -54,6 +55,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ class Args:
     learning_rate: float = 2e-4
     """Adam's step size in stage 3"""
     batch_size: int = 64
-    """answers in one iteration of stage 3 (N)"""
+    """answers in one iteration of stage 3 (N), those of all processes together"""
     answer_length: int = 56
     """tokens after which an answer is cut off"""
     anneal_lr: bool = True
@@ -226,6 +228,9 @@ class Args:
         adaptive, scored = self.kl_target is not None, self.reward_model or self.reward_function
         return {
             f"--batch-size {rows} does not divide into --num-minibatches {parts}": rows % parts,
+            f"--num-minibatches {parts} of --batch-size {rows} must be divisible by {WORLD_SIZE} processes": (
+                self.minibatch_size % WORLD_SIZE
+            ),
             f"--width {self.width} does not divide into --heads {self.heads}": self.width % self.heads,
             f"--total-episodes is less than one iteration, --batch-size {rows}": self.num_iterations == 0,
             "--kl-target multiplies --kl-coef, which is 0; for none: --kl-target None": (
@@ -671,6 +676,28 @@ def flatten_parameters(model: nn.Module) -> Tensor:
     return weights
 
 
+# --------------------------------------------------------------------------------------- the processes
+
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, written into x, the same bits in each."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(rows: Tensor | list) -> Tensor | list:
+    """The rows of all processes, more of one and fewer of another, joined in the order of their ranks."""
+    if WORLD_SIZE == 1:
+        return rows
+    parts = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, rows.cpu() if torch.is_tensor(rows) else rows)
+    return torch.cat(parts).to(rows.device) if torch.is_tensor(rows) else [row for x in parts for row in x]
+
+
 # --------------------------------------------------------------------------------------------- the data
 
 
@@ -897,8 +924,8 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
 
 
 def clip_gradient(weights: Tensor, max_grad_norm: float) -> Tensor:
-    """Scales the whole gradient down to at most this L2 norm -> its norm before."""
-    grad_norm = weights.grad.norm()
+    """Sums the gradients of all processes, scales them down to at most this L2 norm -> their norm before."""
+    grad_norm = total(weights.grad).norm()
     weights.grad.mul_((max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
     return grad_norm
 
@@ -934,14 +961,16 @@ def chunks(rows: Sequence, size: int) -> Iterator[Sequence]:
 def accumulate(models: Models, loss_sum: Callable, rows: list, weight: float = 1.0) -> Tensor:
     """Adds the gradient of weight times the mean loss of rows, a micro-batch at a time -> that loss.
 
-    One denominator serves all rows: a mean of micro-batch means would weigh their tokens by chance.
+    One denominator serves all rows, those of the other processes too: a mean of means would weigh their
+    tokens by chance.
     """
-    total, count = 0.0, sum(len(answer) for _, answer in rows) if loss_sum is lm_loss else len(rows)
-    for part in chunks(rows, models.args.micro_batch_size or len(rows)):
+    count = sum(len(answer) for _, answer in rows) if loss_sum is lm_loss else len(rows)
+    count, losses = total(torch.tensor(count)).item(), torch.zeros((), device=models.kl_coef.device)
+    for part in chunks(rows, models.args.micro_batch_size or max(1, len(rows))):
         loss = weight / count * loss_sum(models, part)
         loss.backward()
-        total += loss.detach()
-    return total
+        losses += loss.detach()
+    return total(losses)
 
 
 def fit(
@@ -957,12 +986,12 @@ def fit(
     args, weights = models.args, flatten_parameters(model)
     rate, epochs = getattr(args, f"{stage}_learning_rate"), getattr(args, f"{stage}_epochs")
     optimizer = torch.optim.Adam([weights], lr=rate, fused=True)
-    seen, total = 0, epochs * len(rows)
-    progress = tqdm(desc=stage, total=total, unit=" rows", bar_format=PROGRESS)
+    seen, all_rows = 0, epochs * len(rows)
+    progress = tqdm(desc=stage, total=all_rows, unit=" rows", bar_format=PROGRESS, disable=RANK > 0)
     for (mb,) in minibatches([torch.arange(len(rows))], args.minibatch_size, epochs):
-        optimizer.param_groups[0]["lr"] = rate * (1 - seen / total)
+        optimizer.param_groups[0]["lr"] = rate * (1 - seen / all_rows)
         weights.grad.zero_()
-        loss = accumulate(models, loss_sum, [rows[i] for i in mb.tolist()])
+        loss = accumulate(models, loss_sum, [rows[i] for i in mb.tolist()[RANK::WORLD_SIZE]])
         clip_gradient(weights, args.max_grad_norm)
         optimizer.step()
         progress.set_postfix_str(f"loss {loss:.2f}")
@@ -971,7 +1000,7 @@ def fit(
         check_finite(Path(writer.log_dir), step + seen, loss=loss)
         writer.add_scalar(f"{stage}/loss", loss, step + seen)
     progress.close()
-    return step + total
+    return step + all_rows
 
 
 def fine_tune(models: Models, data: Data, writer: SummaryWriter) -> int:
@@ -998,8 +1027,10 @@ def sample_pairs(models: Models, prompts: list[str], labeller: Callable) -> tupl
     People err: the better one is chosen with the probability sigmoid(difference), as Bradley-Terry has it.
     The ceiling is how often one would agree who knows the labeller's scores, but not its errors.
     """
-    pairs, ceiling = [], 0.0
-    for asked in chunks(prompts, models.args.batch_size):
+    pairs, ceiling, seed = [], 0.0, derive_seed(models.args.seed, 2, len(prompts))
+    if RANK > 0:  # other answers than process 0
+        torch.manual_seed(seed + RANK)
+    for asked in chunks(prompts[RANK::WORLD_SIZE], models.args.batch_size):
         ids, _, mask, _ = generate(models, models.reference, asked * 2)
         texts, answers = decode(models, ids, mask), ids[:, -mask.shape[1] :]
         tokens = [answer[kept].tolist() for answer, kept in zip(answers, mask, strict=True)]
@@ -1010,7 +1041,9 @@ def sample_pairs(models: Models, prompts: list[str], labeller: Callable) -> tupl
             ceiling += max(likely, 1 - likely) / len(prompts)
             chosen, rejected = (i, j) if torch.rand(()) < likely else (j, i)
             pairs.append((models.tokenizer.encode(prompt), tokens[chosen], tokens[rejected]))
-    return pairs, ceiling
+    if WORLD_SIZE > 1:
+        torch.manual_seed(seed)  # together again
+    return gather(pairs), sum(gather([ceiling]))
 
 
 def encode_pairs(models: Models, pairs: Sequence[tuple[str, str, str]]) -> list[tuple]:
@@ -1096,7 +1129,10 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
     cutting it into micro-batches changes nothing but the memory.
     """
     args, all_masks, all_advantages = models.args, minibatch[2], minibatch[6]
-    weights = action_weights(all_masks[:, : all_advantages.shape[1]], args.loss_average)
+    acted = all_masks[:, : all_advantages.shape[1]]
+    weights = action_weights(acted, args.loss_average)
+    share = (acted.sum() if args.loss_average == "token" else torch.tensor(len(acted))).double()
+    weights = weights * (share / total(share.clone())).float()  # of this process
     clip_vloss = args.clip_coef if args.clip_vloss else None
     size, parts, all_logprobs = args.micro_batch_size or len(weights), [], []
     for part in zip(*(x.split(size) for x in (*minibatch, weights)), strict=True):
@@ -1157,8 +1193,10 @@ def train(args: Args) -> list[dict[str, float]]:
     if checkpoint and checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
     first_step = step - first_iteration * args.batch_size
+    num_answers = args.batch_size // WORLD_SIZE  # of this process in an iteration
     progress = tqdm(
         desc="stage 3, PPO",
+        disable=RANK > 0,
         initial=first_iteration * args.batch_size,
         total=args.num_iterations * args.batch_size,
         unit=" answers",
@@ -1171,13 +1209,13 @@ def train(args: Args) -> list[dict[str, float]]:
             save_checkpoint(run_dir, args, models, optimizer, history, 2, iteration, step - args.batch_size)
         # everything random in an iteration follows from (seed, iteration), so a resumed run equals one that
         # never stopped
-        torch.manual_seed(derive_seed(args.seed, 3, iteration))
+        torch.manual_seed(derive_seed(args.seed, 3, iteration) + RANK)
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
 
         # 1. collect: the actor answers; then score, value, log-probabilities of actor and reference. (Those
         # of the sampling are not used: a cache rounds differently, and the first ratio would not be one.)
-        prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.batch_size,)).tolist()]
+        prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (num_answers,)).tolist()]
         ids, attention, mask, _ = generate(models, models.actor, prompts)
         prefix_scores, values, logprobs, ref_logprobs, kl, entropy, ref_states = assess(
             models, ids, attention, mask
@@ -1200,27 +1238,29 @@ def train(args: Args) -> list[dict[str, float]]:
         advantages, returns = (x.T for x in compute_gae(*by_time, args.gamma, args.gae_lambda))
         if args.norm_adv:
             # the KL in the loss is divided, too, so that kl_coef means the same in both places
-            in_loss /= advantages[acted].std().item() + 1e-8
-            advantages = advantages.masked_scatter(acted, normalize(advantages[acted]))
+            everyone = gather(advantages[acted])
+            mine = gather(torch.full_like(advantages[acted], RANK)) == RANK
+            in_loss /= everyone.std().item() + 1e-8
+            advantages = advantages.masked_scatter(acted, normalize(everyone)[mine])
         batch = (ids, attention, mask, ref_states, old_logprobs, old_values, advantages, returns)
 
         # 3. epochs: passes over the shuffled answers, in one flat loop, so that one break ends them all
         losses, ptx_losses, logprob_pairs = [], [], []
-        for minibatch in minibatches(batch, args.minibatch_size, args.update_epochs):
+        for minibatch in minibatches(batch, args.minibatch_size // WORLD_SIZE, args.update_epochs):
             weights.grad.zero_()
             parts, new_logprobs = add_gradients(models, minibatch, in_loss)
             if args.ptx_coef:
-                chosen = torch.randint(len(ptx_texts), (args.minibatch_size,)).tolist()
+                chosen = torch.randint(len(ptx_texts), (args.minibatch_size // WORLD_SIZE,)).tolist()
                 some = [ptx_texts[i] for i in chosen]
                 ptx_losses.append(accumulate(models, lm_loss, some, args.ptx_coef))
             grad_norm = clip_gradient(weights, args.max_grad_norm)
-            losses.append(torch.cat((parts, grad_norm.unsqueeze(0))))
+            losses.append(torch.cat((total(parts), grad_norm.unsqueeze(0))))
             mb_acted = minibatch[2][:, :num_actions]
             logprob_pairs.append((new_logprobs[mb_acted], minibatch[4][mb_acted]))
-            if args.target_kl is not None and approx_kl(*logprob_pairs[-1]) > args.target_kl:
+            if args.target_kl and approx_kl(*map(gather, logprob_pairs[-1])) > args.target_kl:
                 break
             optimizer.step()
-        answer_kl = (kl * mask).sum(1).mean().item()
+        answer_kl = gather((kl * mask).sum(1)).mean().item()
         if args.kl_target is not None:
             models.kl_coef.fill_(
                 adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
@@ -1229,39 +1269,45 @@ def train(args: Args) -> list[dict[str, float]]:
         # 4. log: losses over every minibatch of the iteration, the rest over its answers
         policy_loss, critic_loss, loss_kl, grad_norm = torch.stack(losses).mean(0)
         check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
-        new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
+        new, old = (gather(torch.cat(column)) for column in zip(*logprob_pairs, strict=True))
         scalars = {
-            "rlhf/score": scores.mean(),
+            "rlhf/score": gather(scores).mean(),
             "rlhf/kl": answer_kl,
-            "rlhf/response_length": mask.sum(1).float().mean(),
-            "rlhf/finished": finished.float().mean(),
+            "rlhf/response_length": gather(mask.sum(1)).float().mean(),
+            "rlhf/finished": gather(finished).float().mean(),
             "losses/policy_loss": policy_loss,
             "losses/value_loss": critic_loss,
-            "losses/entropy": entropy[mask].mean(),
+            "losses/entropy": gather(entropy[mask]).mean(),
             "losses/approx_kl": approx_kl(new, old),
             "losses/clipfrac": clip_fraction(new, old, args.clip_coef),
-            "losses/explained_variance": explained_variance(old_values[acted], returns[acted]),
+            "losses/explained_variance": explained_variance(
+                gather(old_values[acted]), gather(returns[acted])
+            ),
             "losses/grad_norm": grad_norm,
             "charts/kl_coef": kl_coef,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if data.labeller:
             answers = zip(prompts, decode(models, ids, mask), strict=True)
-            scalars["rlhf/gold"] = np.mean([data.labeller(*answer) for answer in answers])
+            scalars["rlhf/gold"] = np.mean(gather([data.labeller(*answer) for answer in answers]))
         if args.kl_in == "loss":
             scalars["losses/kl"] = loss_kl
         if args.ptx_coef:
             scalars["losses/ptx_loss"] = torch.stack(ptx_losses).mean() / args.ptx_coef
         history.append({tag: float(value) for tag, value in scalars.items()})
-        speed = mask.sum().item() / (time.perf_counter() - started)
+        speed = total(mask.sum()).item() / (time.perf_counter() - started)
         for tag, value in (history[-1] | {"charts/tokens_per_second": speed}).items():
             writer.add_scalar(tag, value, step)
         writer.flush()  # before any checkpoint: a resumed run can drop surplus events, not restore lost ones
-        progress.set_postfix_str(f"score {scores.mean():.2f}, KL {answer_kl:.1f}, {speed:.0f} tokens/s")
+        progress.set_postfix_str(
+            f"score {history[-1]['rlhf/score']:.2f}, KL {answer_kl:.1f}, {speed:.0f} tokens/s"
+        )
         progress.update(args.batch_size)
 
     progress.close()
     save_checkpoint(run_dir, args, models, optimizer, history, 2, args.num_iterations, step)
+    if RANK > 0:
+        return history
     save_policy(models, run_dir / "policy")
     metrics, rows = evaluate(models, data)
     for tag, value in metrics.items():
@@ -1387,12 +1433,17 @@ def evaluate(models: Models, data: Data) -> tuple[dict[str, float], list[tuple]]
 
 def set_up_torch(args: Args) -> torch.device:
     """The device to learn on, with repeatable arithmetic."""
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
+    if RANK > 0:  # process 0 tells for all; print() is silent then
+        sys.stdout = None
     if not args.cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--cuda needs a GPU, and torch finds none here; leave it out to learn on the CPU")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda")
 
 
@@ -1403,7 +1454,9 @@ def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
         if len(bad):
             where = f"step {step}"
             if x.dim() >= 2:
-                where = f"step {step + (int(bad[0, 0]) + 1) * x.shape[1]}, in environment {int(bad[0, 1])}"
+                t, i = bad[0, :2].tolist()
+                where = f"step {step + (t + 1) * x.shape[1] * WORLD_SIZE}, "
+                where += f"in environment {RANK * x.shape[1] + i}"
             value = x[tuple(bad[0])].item()
             raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
 
@@ -1429,7 +1482,10 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if checkpoint["iteration"] == args.num_iterations:
             print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
         return Path(args.resume), checkpoint
-    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+    now = total(torch.tensor(time.time(), dtype=torch.float64)) / WORLD_SIZE  # the same in all processes
+    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(now)}")
+    if RANK > 0:
+        return run_dir, None
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
     try:
@@ -1441,6 +1497,8 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
 
 def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
     """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
+    if RANK > 0:
+        return SilentWriter(run_dir)
     if args.track:
         try:
             import wandb
@@ -1458,8 +1516,20 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
     return writer
 
 
+class SilentWriter:
+    """Stands for a SummaryWriter in all processes but the first, which tells for all."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self.log_dir = log_dir
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *inputs, **options: None
+
+
 def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage, iteration, step) -> None:
     """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
+    if RANK > 0:  # which has the same to save
+        return
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "stage": stage, "iteration": iteration}
     checkpoint |= {"models": models.state_dict(), "step": step, "history": history}
@@ -1542,6 +1612,10 @@ def main() -> None:
                 evaluate(models, load_data(models))
         else:
             train(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if RANK > 0:
+            os._exit(0)  # gloo's threads can crash an interpreter that ends as others do
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

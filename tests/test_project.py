@@ -20,6 +20,7 @@ DIFFERENT: dict[str, str] = {
     "make_envs": "Atari games and images are for discrete actions",
     "minibatch_gradient": "the loss of the variant",
     "flatten_parameters": "gradients of micro-batches are added up in place",
+    "gather": "answers of language models differ in length, and in a graph all must be equal",
     "train": "the variant itself",
     "look_at_envs": "the spaces that the script is for",
     "evaluate": "discrete actions can be masked; answers are compared, not played",

@@ -1,0 +1,51 @@
+"""Steps per second of one process and of two under torchrun, where environments are expensive and where not.
+
+    python benchmarks/processes.py                         writes benchmarks/results/processes.csv
+
+Humanoid-v5 and HalfCheetah-v5 with ppo_continuous, CartPole-v1 with ppo_discrete: 8 environments x 256 steps
+and all else as shipped. One thread a process. Rates are charts/SPS of the run, the median over iterations
+after the first; the two take turns. Needs requirements-extra.txt.
+"""
+
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "processes.csv"
+SCRIPTS = {"Humanoid-v5": "ppo_continuous", "HalfCheetah-v5": "ppo_continuous", "CartPole-v1": "ppo_discrete"}
+TURNS, ITERATIONS = 3, 8
+
+
+def steps_per_second(env_id: str, processes: int) -> float:
+    """Of a short run."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *(launch if processes > 1 else []), ROOT / f"{SCRIPTS[env_id]}.py"]
+        command += ["--env-id", env_id, "--total-timesteps", str(2048 * ITERATIONS)]
+        command += ["--eval-episodes", "1", "--run-dir", f"{folder}/run"]
+        subprocess.run(command, check=True, capture_output=True)
+        events = EventAccumulator(f"{folder}/run").Reload().Scalars("charts/SPS")
+    return statistics.median(event.value for event in events[1:])
+
+
+def main() -> None:
+    rows = []
+    for env_id in SCRIPTS:
+        for turn in range(1, TURNS + 1):
+            for processes in (1, 2):
+                rows.append([env_id, processes, turn, round(steps_per_second(env_id, processes))])
+                print(*rows[-1], flush=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["env_id", "processes", "turn", "steps_per_second"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

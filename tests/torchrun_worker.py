@@ -1,0 +1,98 @@
+"""What a process of torchrun runs in test_torchrun.py: python torchrun_worker.py SCRIPT JOB FOLDER."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from suite import SCRIPTS
+
+
+def parts(rows):
+    """The rows of this process: every so many-th."""
+    return rows[rlhf.RANK :: rlhf.WORLD_SIZE]
+
+
+def make_models(**options):
+    """Models that differ from each other, the same in every process."""
+    torch.manual_seed(0)
+    models = rlhf.Models(
+        rlhf.Args(layers=2, heads=2, width=16, batch_size=12, num_minibatches=1, answer_length=8, **options)
+    )
+    for parameter in models.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return models
+
+
+def answers():
+    """Twelve answers of one to eight tokens and what PPO has to know of them."""
+    torch.manual_seed(1)
+    ids, noise = torch.randint(256, (12, 16)), torch.randn(5, 12, 8)
+    lengths = torch.tensor([1, 8, 3, 8, 2, 7, 1, 1, 5, 8, 4, 6])
+    mask = torch.arange(8) < lengths[:, None]
+    attention = torch.cat((torch.ones(12, 8, dtype=torch.long), mask.long()), 1)
+    old_logprobs, old_values, advantages, returns = noise[:4] * mask
+    return (
+        ids,
+        attention,
+        mask,
+        torch.randn(12, 8, 16),
+        old_logprobs - 5 * mask,
+        old_values,
+        advantages,
+        returns,
+    )
+
+
+def gradients(models, learners):
+    """One vector, after clip_gradient() has added up those of all processes."""
+    weights = rlhf.flatten_parameters(torch.nn.ModuleList(learners))
+
+    def of(add, *inputs):
+        weights.grad.zero_()
+        loss = add(models, *inputs)
+        norm = rlhf.clip_gradient(weights, 1e6)
+        return {"loss": loss, "norm": norm, "gradient": weights.grad.clone()}
+
+    return of
+
+
+def rlhf_results():
+    """Gradients of all three stages, of rows that the processes share."""
+    results = {}
+    for average in ("token", "answer"):
+        models = make_models(loss_average=average, kl_in="loss")
+        of = gradients(models, [models.actor, models.critic])
+        results[average] = of(
+            lambda *x: rlhf.total(rlhf.add_gradients(*x)[0]), [parts(x) for x in answers()], 0.5
+        )
+    models = make_models(micro_batch_size=2)
+    texts = [([65] * (k + 1), [66 + k] * (1 + k * k % 7)) for k in range(11)]
+    of = gradients(models, [models.actor])
+    results["sft"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts))
+    results["one text"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts[4:5]))  # the others have none
+    pairs = [([65] * (k + 1), [66 + k] * (1 + k % 3), [67] * (1 + k % 4)) for k in range(7)]
+    results["pairs"] = gradients(models, [models.reward])(rlhf.accumulate, rlhf.pair_loss, parts(pairs))
+    return results
+
+
+def control_results(ppo, args):
+    """A run with a checkpoint; every process has the same weights to the bit."""
+    agents, flatten = [], ppo.flatten_parameters
+    ppo.flatten_parameters = lambda agent: agents.append(flatten(agent)) or agents[0]
+    returns = ppo.train(args)
+    everyone = ppo.gather(agents[0].detach()[None])
+    assert (everyone == everyone[0]).all(), "processes have different weights"
+    return {"returns": returns}
+
+
+if __name__ == "__main__":
+    script, folder = sys.argv[1], Path(sys.argv[2])
+    ppo = rlhf = next(module for module in SCRIPTS if module.__name__ == script)
+    args = ppo.Args(**(torch.load(folder / "options.pt") if script != "ppo_rlhf_llm" else {}))
+    ppo.set_up_torch(args)
+    results = rlhf_results() if script == "ppo_rlhf_llm" else control_results(ppo, args)
+    if ppo.RANK == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # as main() does
