@@ -28,7 +28,14 @@ def steps_per_second(env_id: str, processes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *(launch if processes > 1 else []), ROOT / f"{SCRIPTS[env_id]}.py"]
         command += ["--env-id", env_id, "--total-timesteps", str(2048 * ITERATIONS)]
-        command += ["--eval-episodes", "1", "--run-dir", f"{folder}/run"]
+        command += [
+            "--checkpoint-every",
+            str(ITERATIONS),
+            "--eval-episodes",
+            "1",
+            "--run-dir",
+            f"{folder}/run",
+        ]
         subprocess.run(command, check=True, capture_output=True)
         events = EventAccumulator(f"{folder}/run").Reload().Scalars("charts/SPS")
     return statistics.median(event.value for event in events[1:])

@@ -40,11 +40,15 @@ def union_minibatches(processes, num_envs):
     return minibatches
 
 
-@control
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "processes"),
+    [*((script, 2) for script in CONTROL), pytest.param(CONTROL[0], 3, marks=pytest.mark.slow)],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 def test_processes_learn_what_one_does_from_the_same_minibatches(ppo, processes, tmp_path, monkeypatch):
-    if processes == 3 and ppo.__name__ != "ppo_continuous":
-        pytest.skip("two processes are enough for the others")
     together, alone = tmp_path / "together", tmp_path / "alone"
     options = dict(num_envs=6, num_steps=208, total_timesteps=1248, update_epochs=2, checkpoint_every=1)
     together.mkdir()
