@@ -583,7 +583,7 @@ def test_the_labeller_has_the_tastes_that_the_readme_tells():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # benchmarks/ has more
 def test_a_short_run_of_the_whole_pipeline_raises_the_gold_score(run_dir, seed):
     options = dict(layers=2, heads=4, width=64, num_texts=3000, num_pairs=1500, total_episodes=640, seed=seed)
     options |= dict(batch_size=64, num_minibatches=8, answer_length=56)
