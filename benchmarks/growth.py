@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from common import in_fresh_process, load, measured, peak_mebibytes
@@ -40,7 +41,7 @@ def workers_mebibytes() -> float:
     return total / 1024
 
 
-def train(script: str, prepare: callable = lambda ppo: None, **options: object) -> tuple[float, float]:
+def train(script: str, prepare: Callable = lambda ppo: None, **options: object) -> tuple[float, float]:
     """Seconds of an iteration and MiB."""
     ppo = load(script)
     prepare(ppo)

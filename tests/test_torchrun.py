@@ -12,13 +12,14 @@ import torch
 import torchrun_worker
 from suite import ROOT, SCRIPTS, control, curve, small
 from test_resume import assert_same_run
+from test_rlhf import tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 (rlhf,) = [script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm"]
 
 
 def torchrun(processes, *words):
-    """Runs them to the end -> standard error."""
+    """Runs them to the end -> what they said."""
     command = [*TORCHRUN, f"--nproc-per-node={processes}", *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert run.returncode == 0, run.stderr[-5000:]
@@ -86,11 +87,10 @@ def test_gradients_of_rlhf_are_those_of_one_process(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_rlhf_runs_through_all_stages_and_every_process_ends_with_the_same(tmp_path):
-    options = ["--layers", 2, "--heads", 2, "--width", 16, "--num-texts", 64, "--sft-epochs", 1]
-    options += ["--num-pairs", 20, "--total-episodes", 32, "--batch-size", 16, "--num-minibatches", 2]
-    options += ["--answer-length", 24, "--eval-prompts", 16, "--checkpoint-every", 1, "--ptx-coef", 0.1]
     run_dir = tmp_path / "run"
-    output = torchrun(2, "ppo_rlhf_llm.py", *options, "--target-kl", 10.0, "--run-dir", run_dir)
+    args = tiny(run_dir, ptx_coef=0.1, target_kl=10.0)
+    torch.save(vars(args), tmp_path / "options.pt")
+    output = torchrun(2, ROOT / "tests" / "torchrun_worker.py", "ppo_rlhf_llm", tmp_path)
     assert output.stdout.count("evaluation: ") == 1
     assert len(list(run_dir.glob("events*"))) == 1 and (run_dir / "policy").is_dir()
     for tag, points in curve(run_dir).items():
@@ -120,30 +120,11 @@ def worker(launcher: int, rank: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process as Linux has it")
 def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_end(tmp_path):
     (ppo,) = [script for script in SCRIPTS if script.__name__ == "ppo_continuous"]
-    options = [
-        "--num-envs",
-        4,
-        "--num-steps",
-        64,
-        "--num-minibatches",
-        4,
-        "--update-epochs",
-        4,
-        "--total-timesteps",
-        256 * 16,
-        "--eval-episodes",
-        2,
-    ]
+    options = "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 4 --total-timesteps 4096"
+    options = [*options.split(), "--eval-episodes", "2"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     torchrun(2, "ppo_continuous.py", *options, "--run-dir", alone)
-    command = [
-        *TORCHRUN,
-        "--nproc-per-node=2",
-        "ppo_continuous.py",
-        *map(str, options),
-        "--run-dir",
-        str(killed),
-    ]
+    command = [*TORCHRUN, "--nproc-per-node=2", "ppo_continuous.py", *options, "--run-dir", str(killed)]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (killed / "checkpoint.pt").exists() or ppo.load_checkpoint(killed)["iteration"] < 3:
         assert run.poll() is None, run.stderr.read()

@@ -1,4 +1,4 @@
-"""What a process of torchrun runs in test_torchrun.py: python torchrun_worker.py SCRIPT JOB FOLDER."""
+"""What a process of torchrun runs in test_torchrun.py: python torchrun_worker.py SCRIPT FOLDER."""
 
 import os
 import sys
@@ -76,22 +76,24 @@ def rlhf_results():
     return results
 
 
-def control_results(ppo, args):
-    """A run with a checkpoint; every process has the same weights to the bit."""
-    agents, flatten = [], ppo.flatten_parameters
-    ppo.flatten_parameters = lambda agent: agents.append(flatten(agent)) or agents[0]
+def run_results(ppo, args):
+    """A run with a checkpoint; every process ends with the same weights to the bit."""
+    vectors, flatten = [], ppo.flatten_parameters
+    ppo.flatten_parameters = lambda model: vectors.append(flatten(model)) or vectors[-1]
     returns = ppo.train(args)
-    everyone = ppo.gather(agents[0].detach()[None])
-    assert (everyone == everyone[0]).all(), "processes have different weights"
+    everyone = [torch.empty_like(vectors[-1]) for _ in range(ppo.WORLD_SIZE)]
+    torch.distributed.all_gather(everyone, vectors[-1].detach())
+    assert all(torch.equal(weights, everyone[0]) for weights in everyone), "processes have different weights"
     return {"returns": returns}
 
 
 if __name__ == "__main__":
     script, folder = sys.argv[1], Path(sys.argv[2])
     ppo = rlhf = next(module for module in SCRIPTS if module.__name__ == script)
-    args = ppo.Args(**(torch.load(folder / "options.pt") if script != "ppo_rlhf_llm" else {}))
+    options = folder / "options.pt"
+    args = ppo.Args(**(torch.load(options) if options.exists() else {}))
     ppo.set_up_torch(args)
-    results = rlhf_results() if script == "ppo_rlhf_llm" else control_results(ppo, args)
+    results = run_results(ppo, args) if options.exists() else rlhf_results()
     if ppo.RANK == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
