@@ -475,7 +475,8 @@ def minibatch_gradient(
     new_logprobs = gaussian_logprobs(actions, agent.action_mean(obs), agent.log_std)
     new_values = agent.value(obs)
     if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
-        advantages = normalize(gather(advantages)).chunk(WORLD_SIZE)[RANK]
+        advantages = normalize(advantages)  # (B, processes)
+    advantages = advantages[:, RANK]
     value_clip_coef = args.clip_coef if args.clip_vloss else None
     policy_loss = clipped_policy_loss(new_logprobs, old_logprobs, advantages, args.clip_coef).mean()
     critic_loss = value_loss(new_values, old_values, returns, value_clip_coef).mean()
@@ -569,6 +570,7 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards, old_values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
+        advantages = gather(advantages.unsqueeze(-1), -1)  # (T, N, processes), to be normalised together
         batch = [x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)]
 
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
@@ -870,6 +872,8 @@ def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
         args = parse_args()
+        if args.evaluate and WORLD_SIZE > 1:
+            raise UserError("--evaluate needs no more than one process: start it without torchrun")
         if args.evaluate:
             check_unchanged(args, args.evaluate)
             look_at_envs(args).close()

@@ -607,7 +607,8 @@ def minibatch_gradient(
     log_policy, new_values = agent.log_policy(features, legal), agent.value(features)
     new_logprobs = categorical_logprobs(actions, log_policy)
     if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
-        advantages = normalize(gather(advantages)).chunk(WORLD_SIZE)[RANK]
+        advantages = normalize(advantages)  # (B, processes)
+    advantages = advantages[:, RANK]
     value_clip_coef = clip_coef if args.clip_vloss else None
     policy_loss = clipped_policy_loss(new_logprobs, old_logprobs, advantages, clip_coef).mean()
     critic_loss = value_loss(new_values, old_values, returns, value_clip_coef).mean()
@@ -719,6 +720,7 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards, old_values, next_values, deaths, truncations, args.gamma, args.gae_lambda
             )
+        advantages = gather(advantages.unsqueeze(-1), -1)  # (T, N, processes), to be normalised together
         batch = [
             x.flatten(0, 1) for x in (obs, actions, legal, old_logprobs, old_values, advantages, returns)
         ]
@@ -1023,6 +1025,8 @@ def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
         args = parse_args()
+        if args.evaluate and WORLD_SIZE > 1:
+            raise UserError("--evaluate needs no more than one process: start it without torchrun")
         if args.evaluate:
             check_unchanged(args, args.evaluate)
             look_at_envs(args).close()

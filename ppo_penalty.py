@@ -568,7 +568,8 @@ def minibatch_gradient(
     new_policy, new_values = agent.distribution(obs), agent.value(obs)
     new_logprobs = agent.logprobs(actions, new_policy)
     if args.norm_adv:  # not in the paper: kl_coef and the learning rate then fit all reward scales
-        advantages = normalize(gather(advantages)).chunk(WORLD_SIZE)[RANK]
+        advantages = normalize(advantages)  # (B, processes)
+    advantages = advantages[:, RANK]
     policy_loss = surrogate_policy_loss(new_logprobs, old_logprobs, advantages).mean()
     critic_loss = value_loss(new_values, old_values, returns, clip_coef=None).mean()
     # zero at the first minibatch, with zero gradient: the penalty holds back what comes after
@@ -665,6 +666,7 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards, old_values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
+        advantages = gather(advantages.unsqueeze(-1), -1)  # (T, N, processes), to be normalised together
         batch = (obs, actions, old_policy, old_logprobs, old_values, advantages, returns)
         batch = [x.flatten(0, 1) for x in batch]
 
@@ -980,6 +982,8 @@ def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
         args = parse_args()
+        if args.evaluate and WORLD_SIZE > 1:
+            raise UserError("--evaluate needs no more than one process: start it without torchrun")
         if args.evaluate:
             check_unchanged(args, args.evaluate)
             look_at_envs(args).close()

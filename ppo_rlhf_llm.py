@@ -1596,6 +1596,8 @@ def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
         args = parse_args()
+        if args.evaluate and WORLD_SIZE > 1:
+            raise UserError("--evaluate needs no more than one process: start it without torchrun")
         if args.evaluate:
             check_unchanged(args, args.evaluate)
             models, checkpoint = Models(args).to(set_up_torch(args)), load_checkpoint(args.evaluate)

@@ -122,7 +122,7 @@ def learning_steps(compile: bool) -> list[Moment]:
     agent = ppo.Agent(size, -torch.ones(6), torch.ones(6), args)
     weights = ppo.flatten_parameters(agent)
     optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
-    shapes = ((64, size), (64, 6), (64,), (64,), (64,), (64,))
+    shapes = ((64, size), (64, 6), (64,), (64,), (64, 1), (64,))
     minibatches = [tuple(map(torch.randn, shapes)) for _ in range(32)]
     gradient_of = ppo.compiled(ppo.minibatch_gradient, args) if compile else ppo.minibatch_gradient
     moments = []

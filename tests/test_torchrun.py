@@ -1,6 +1,8 @@
 """torchrun: several processes learn what one process learns from the same rows."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchrun_worker
-from suite import ROOT, SCRIPTS, control, curve, small
+from suite import ROOT, SCRIPTS, control, curve, scripts_with, small
 from test_resume import assert_same_run
 from test_rlhf import tiny
 
@@ -135,9 +137,19 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_en
     assert run.returncode != 0 and "SIGKILL" in errors
     print(f"ended after {time.monotonic() - asked:.1f} s")
     assert 3 <= ppo.load_checkpoint(killed)["iteration"] < 16
+    one = shutil.copytree(killed, tmp_path / "one")
     time.sleep(1)  # event files are told apart by the second
     torchrun(2, "ppo_continuous.py", "--resume", killed)
     assert_same_run(ppo, alone, killed)
+
+    # one process goes on where two were, with other draws
+    ppo.train(dataclasses.replace(ppo.load_args(one), resume=str(one)))
+    first, second = curve(alone), curve(one)
+    for tag in ("charts/learning_rate", "losses/approx_kl"):
+        assert [step for step, _ in second[tag]] == [step for step, _ in first[tag]]
+    assert second["charts/learning_rate"] == first["charts/learning_rate"]
+    assert second["losses/approx_kl"][:3] == first["losses/approx_kl"][:3]
+    assert second["losses/approx_kl"][-1] != first["losses/approx_kl"][-1]
 
 
 @pytest.mark.slow
@@ -170,3 +182,13 @@ def test_environments_that_do_not_divide_among_processes_are_refused(ppo, monkey
     with pytest.raises(ValueError, match=r"--num-envs 8 and minibatches .* divisible by the 3 processes"):
         ppo.Args(num_envs=8)
     ppo.Args(num_envs=6, num_steps=64, num_minibatches=4)
+
+
+@scripts_with("Args")
+def test_evaluation_by_several_processes_is_refused(ppo, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ppo, "parse_args", lambda: ppo.Args(evaluate="runs/pendulum"))
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2
+    assert "start it without torchrun" in capsys.readouterr().err
