@@ -29,10 +29,13 @@ import copy
 import dataclasses
 import io
 import math
+import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -522,14 +525,14 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
             env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k < played)
         else:
             env = gym.make(args.env_id)
-        space = env.observation_space
+        env, space = Watched(env, RANK * num_envs + index), env.observation_space  # which tells its failures
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
             raise UserError(f"{args.env_id} shows images; only ppo_discrete.py has a network for them")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Dict, Tuple, Discrete (one-hot), Box of other shapes
         return env
 
-    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+    vector_env = Workers if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [lambda index=index: make(index) for index in range(num_envs)]
     return vector_env(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
@@ -740,6 +743,7 @@ def train(args: Args) -> list[float]:
 
 
 SCRIPT, FORMAT = "ppo_penalty", 1  # what a checkpoint says of itself
+PATIENCE = 300  # seconds in which a step must be done
 FREE_OPTIONS = {"resume", "evaluate", "eval_episodes", "capture_video", "async_envs", "track"}
 
 
@@ -769,6 +773,53 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         raise UserError(f"{args.env_id} has observations {observations}, which do not flatten to a vector")
     return envs
+
+
+class Watched(gym.Wrapper):
+    """Tells which environment failed, and where. Many tasks leave their bounds: a Box says shapes alone."""
+
+    def __init__(self, env: gym.Env, index: int) -> None:
+        super().__init__(env)
+        self.index, self.step_of_episode = index, 0
+
+    def reset(self, **options):
+        self.step_of_episode = 0
+        return self.watched(self.env.reset, **options)
+
+    def step(self, action):
+        self.step_of_episode += 1
+        return self.watched(self.env.step, action)
+
+    def watched(self, function: Callable, *inputs, **options):
+        where = f"environment {self.index}, step {self.step_of_episode} of an episode"
+        try:
+            obs, *outcome = function(*inputs, **options)
+        except Exception as error:  # whatever an environment can raise
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        space = self.env.observation_space
+        if np.shape(obs) != space.shape if isinstance(space, gym.spaces.Box) else obs not in space:
+            raise UserError(f"{where}: the observation {obs} is not what {space} says")
+        return obs, *outcome
+
+
+class Workers(gym.vector.AsyncVectorEnv):
+    """A process for each environment. One that dies, or is silent for PATIENCE seconds, is told of."""
+
+    def step(self, actions):
+        try:
+            self.step_async(actions)
+            return self.step_wait(timeout=PATIENCE)
+        except (multiprocessing.TimeoutError, EOFError, ConnectionError, UserError) as error:
+            ends = [process.sentinel for process in self.processes]
+            dead = [ends.index(end) for end in multiprocessing.connection.wait(ends, timeout=1)]
+            silent = [i for i, pipe in enumerate(self.parent_pipes) if pipe and not pipe.poll()]
+            for process in self.processes:
+                process.kill()
+            self.closed = True  # nobody is left to be told of the end
+            if isinstance(error, UserError):
+                raise
+            index, what = RANK * self.num_envs + (dead or silent)[0], f"is silent for {PATIENCE} seconds"
+            raise UserError(f"the process of environment {index} {'died' if dead else what}") from error
 
 
 @torch.no_grad()
@@ -981,6 +1032,11 @@ def parse_args() -> Args:
 def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
+        if os.name == "posix" and WORLD_SIZE == 1:  # SIGTERM is as Ctrl-C, but for the workers
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        # of a full disk TensorBoard's thread tells at length, and then the next flush raises it here
+        threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
         args = parse_args()
         if args.evaluate and WORLD_SIZE > 1:
             raise UserError("--evaluate needs no more than one process: start it without torchrun")

@@ -44,7 +44,9 @@ import math
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -787,12 +789,13 @@ def read_jsonl(models: Models, path: str, *forms: str) -> list[tuple[str, ...]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode())
+            # a key that comes twice makes the object False, which has no keys
+            entry = json.loads(line.decode(), object_pairs_hook=lambda x: len(dict(x)) == len(x) and dict(x))
             texts = next([entry[key] for key in keys] for keys in forms if set(keys) <= set(entry))
             "".join(texts).encode()  # fails for half a surrogate, and for what is no text
-        except (ValueError, TypeError, StopIteration) as error:
-            expected = " or ".join(", ".join(keys) for keys in forms)
-            raise UserError(f"{path}, line {number}: not a JSON object with texts for {expected}") from error
+        except (ValueError, TypeError, StopIteration, RecursionError) as error:
+            wanted = " or ".join(", ".join(keys) for keys in forms)
+            raise UserError(f"{path}, line {number}: no JSON object with texts for {wanted}, once") from error
         prompt, *answers = texts if len(texts) > 1 or forms == [["prompt"]] else ("", *texts)
         try:
             encode(models, [(prompt, answer) for answer in answers or [""]])
@@ -1595,6 +1598,10 @@ def parse_args() -> Args:
 def main() -> None:
     """Trains or evaluates as the command line says; tells a user's errors in one line."""
     try:
+        if os.name == "posix" and WORLD_SIZE == 1:  # SIGTERM is as Ctrl-C
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # of a full disk TensorBoard's thread tells at length, and then the next flush raises it here
+        threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
         args = parse_args()
         if args.evaluate and WORLD_SIZE > 1:
             raise UserError("--evaluate needs no more than one process: start it without torchrun")

@@ -9,6 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too, as CI does")
     parser.addoption("--campaign", action="store_true", help="run what takes hours too")
+    parser.addoption(
+        "--trials", type=int, default=0, help="of each fault in test_faults.py (0: its own number)"
+    )
+    parser.addoption("--trial-seed", type=int, default=1, help="which faults, of those drawn at random")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -252,6 +252,52 @@ class Broken(Counter):
         return count, reward, terminated
 
 
+class Faulty(Counter):
+    """A counter of which the one made as number `which` fails at its third step, in one of many ways."""
+
+    made = 0
+
+    def __init__(self, discrete: bool = False, fault: str = "raises", which: int | None = None) -> None:
+        super().__init__(discrete)
+        if fault == "leaves":
+            self.observation_space = gym.spaces.Discrete(3)
+        self.fault, self.fails = fault, which in (None, Faulty.made)
+        Faulty.made += 1
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return (0 if self.fault == "leaves" else obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        failing = self.fails and obs.item() == 3
+        if failing and self.fault == "raises":
+            raise RuntimeError("the simulator lost\nits licence")
+        if failing and self.fault == "dies":
+            os._exit(1)
+        if failing and self.fault == "hangs":
+            time.sleep(1000)
+        if self.fault == "leaves":
+            return (-1 if failing else int(obs.item()) % 3), reward, terminated, truncated, info
+        if failing and self.fault == "grows":
+            obs = np.zeros(2, np.float32)
+        if failing and self.fault == "is no array":
+            obs = {"obs": obs}
+        return obs, reward, terminated, truncated, info
+
+
+class Scaled(ActionReward):
+    """One step, best action 0.5 (Discrete: 1), rewards of any size."""
+
+    def __init__(self, discrete: bool = False, scale: float = 1.0) -> None:
+        super().__init__(discrete)
+        self.scale = scale
+
+    def outcome(self, action):
+        obs, reward, terminated = super().outcome(action)
+        return obs, self.scale * reward, terminated
+
+
 class Masked(gym.Env):
     """Two of four actions are allowed, others anew after every step; the observation is the mask."""
 
@@ -324,9 +370,12 @@ PROBES = {
     "ActionReward": (ActionReward, None),
     "ObservedActionReward": (ObservedActionReward, None),
     "Endless": (Endless, 10),
+    "LongerThanTheRun": (Endless, None),
     "Counter": (Counter, None),
     "TimedCounter": (Counter, 3),
     "Broken": (Broken, None),
+    "Faulty": (Faulty, None),
+    "Scaled": (Scaled, None),
     "Spaces": (Spaces, None),
     "Masked": (Masked, 4),
     "Picture": (Picture, None),

@@ -3,11 +3,8 @@
 import io
 import os
 import pickle
-import random
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -41,51 +38,6 @@ def assert_same_run(ppo, one, other):
         else:
             assert first[tag] == second[tag], tag
         assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has a point twice"
-
-
-# the quick suite kills one script, CI the one with stages too; what saves has one text in the others
-KILLED = {"ppo_continuous": [], "ppo_rlhf_llm": [pytest.mark.slow]}
-
-
-@pytest.mark.parametrize(
-    "ppo",
-    [pytest.param(ppo, marks=KILLED.get(ppo.__name__, [pytest.mark.campaign])) for ppo in SCRIPTS],
-    ids=lambda ppo: ppo.__name__,
-)
-def test_a_run_killed_three_times_at_random_ends_as_one_left_alone(ppo, tmp_path):
-    if ppo.__name__ == "ppo_rlhf_llm":
-        options = ["--layers", 2, "--width", 32, "--heads", 2, "--num-texts", 640, "--num-pairs", 100]
-        options += ["--answer-length", 16, "--batch-size", 16, "--total-episodes", 256, "--eval-prompts", 8]
-    else:
-        options = ["--num-envs", 4, "--num-steps", 256, "--num-minibatches", 8]
-        options += ["--total-timesteps", 16 * 1024]
-        options += ["--eval-episodes", 2]
-    options += ["--checkpoint-every", 2]
-    chance = random.Random(time.time_ns())
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    start = time.monotonic()
-    subprocess.run(command(ppo, *options, "--run-dir", alone), check=True, capture_output=True)
-    duration = time.monotonic() - start
-
-    arguments, kills = [*options, "--run-dir", killed], []
-    while len(kills) < 3:
-        process = subprocess.Popen(
-            command(ppo, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        before = os.stat(killed / "checkpoint.pt").st_mtime_ns if kills else 0
-        while process.poll() is None and not (killed / "checkpoint.pt").exists():
-            time.sleep(0.01)
-        while process.poll() is None and os.stat(killed / "checkpoint.pt").st_mtime_ns == before:
-            time.sleep(0.01)  # a resumed run writes its checkpoint once more before it goes on
-        time.sleep(chance.uniform(0, duration / 10))
-        assert process.poll() is None, f"ended before it was killed: {process.stdout.read().decode()}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        kills.append(ppo.load_checkpoint(killed)["iteration"])
-        arguments = ["--resume", killed]
-    subprocess.run(command(ppo, *arguments), check=True, capture_output=True)
-    print("killed after the checkpoints of iterations", kills)
-    assert_same_run(ppo, alone, killed)
 
 
 def stopped_after(ppo, monkeypatch, args, iterations):

@@ -273,13 +273,17 @@ class TestFiles:
         [
             (
                 '{"prompt": "a", "completion": "b"',
-                r"line 3: not a JSON object with texts for prompt, completion or text",
+                r"line 3: no JSON object with texts for prompt, completion or text, once",
             ),
-            ('{"prompt": "a"}', "line 3: not a JSON object with texts"),
+            ('{"prompt": "a"}', "line 3: no JSON object with texts"),
             ('{"prompt": "a", "completion": 5}', "line 3"),
             ('["prompt", "completion"]', "line 3"),
             ("5", "line 3"),
             (r'{"text": "\ud800"}', "line 3"),
+            ('{"text": "a", "text": "b"}', "line 3: no JSON object .*, once"),
+            ('{"prompt": "a", "completion": "tab\there"}', "line 3"),  # JSON has \\t for it
+            ("[" * 100_000, "line 3"),
+            ("9" * 10_000, "line 3"),
         ],
     )
     def test_a_broken_line_is_named(self, tmp_path, line, message):
@@ -294,6 +298,19 @@ class TestFiles:
         path.write_bytes(b'{"prompt": "\xff"}\n')
         with pytest.raises(rlhf.UserError, match="line 1"):
             rlhf.read_jsonl(rlhf.Models(tiny()), str(path), "prompt")
+
+    def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
+        """The first is left out, the others are texts."""
+        rows = [{"prompt": "a", "completion": "x" * 5_000_000}]
+        rows += [
+            {"prompt": "a", "completion": ""},
+            {"prompt": "\0\x1b[31m\u2028", "completion": "\r\v\x7f"},
+        ] * 5
+        path = write(tmp_path / "p.jsonl", rows)
+        assert rlhf.read_jsonl(rlhf.Models(tiny()), path, "prompt completion") == [
+            (row["prompt"], row["completion"]) for row in rows[1:]
+        ]
+        assert "1 lines are left out" in capsys.readouterr().err
 
     def test_lines_that_are_too_long_are_left_out_and_counted(self, tmp_path, capsys):
         rows = [{"prompt": "x" * 200}] + [{"prompt": f"{i}"} for i in range(12)] + [{"prompt": ""}]

@@ -1,0 +1,521 @@
+"""Nothing lost: what was saved stays good, a resumed run is one that never stopped, an error says what to do.
+
+pytest tests/test_faults.py --slow                     the short part, as in CI
+pytest tests/test_faults.py --slow --campaign          the long one, writes benchmarks/results/faults.csv
+pytest tests/test_faults.py --slow --campaign --trials 7 --trial-seed 3 -k killed
+"""
+
+import csv
+import ctypes
+import itertools
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from suite import (
+    ROOT,
+    SCRIPTS,
+    Faulty,
+    control,
+    curve,
+    discrete,
+    each_kind,
+    probe,
+    register,
+    scripts_with,
+    small,
+)
+from test_resume import assert_same_run, command, same
+
+every_script = scripts_with("Args")
+
+
+def in_suites(quick="", slow="", cases=("",), among=SCRIPTS):
+    """Parametrises by script, and by case: "SCRIPT case" is in the quick suite or in CI (slow).
+
+    The others, which have the same text there, are in the campaign.
+    """
+    found = []
+    for ppo, case in itertools.product(among, cases):
+        name = f"{ppo.__name__} {case}".strip()
+        mark = pytest.mark.slow if name in slow.split(", ") else pytest.mark.campaign
+        marks = [] if name in quick.split(", ") else [mark]
+        found.append(pytest.param(*[ppo, case][: 1 + bool(case)], marks=marks, id=name))
+    return pytest.mark.parametrize(("ppo", "case")[: 1 + bool(cases[0])], found)
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "faults.csv"
+
+
+def short_run(ppo):
+    """Options of a run of some seconds with many checkpoints."""
+    if ppo.__name__ == "ppo_rlhf_llm":
+        options = "--layers 2 --width 32 --heads 2 --num-texts 640 --num-pairs 100 --answer-length 16"
+        options += " --batch-size 16 --total-episodes 320 --eval-prompts 8"
+    else:
+        options = "--num-envs 4 --num-steps 256 --num-minibatches 8 --total-timesteps 30720 --eval-episodes 2"
+    return [*options.split(), "--checkpoint-every", "2"]
+
+
+class Trials:
+    """How many, which, and a note of those that were survived."""
+
+    def __init__(self, config):
+        self.config = config
+        self.seed = config.getoption("--trial-seed")
+        self.draw = random.Random(self.seed)
+
+    def __call__(self, few, many):
+        number = self.config.getoption("--trials")
+        return range(number or (many if self.config.getoption("--campaign") else few))
+
+    def survived(self, fault, ppo, number):
+        """Adds to the results of the long part."""
+        if not self.config.getoption("--campaign"):
+            return
+        rows = {}
+        if RESULTS.exists():
+            with RESULTS.open() as file:
+                rows = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
+        rows[fault, ppo.__name__] = number
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["fault", "script", "survived"])
+            writer.writerows((*key, number) for key, number in sorted(rows.items()))
+
+
+@pytest.fixture
+def trials(request):
+    return Trials(request.config)
+
+
+def start(ppo, *options, slow_saves=False):
+    words = command(ppo, *options)
+    if slow_saves:
+        words[1:2] = [str(ROOT / "tests" / "fault_runner.py"), ppo.__name__]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+    )
+
+
+def run(ppo, *options, **settings):
+    return subprocess.run(command(ppo, *options), capture_output=True, text=True, **settings)
+
+
+def assert_refused(result, words, code=2):
+    """One line that begins with "error: " and has these words; above it at most progress and warnings."""
+    assert result.returncode == code, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr, result.stderr[-3000:]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line, line
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Of each script the undisturbed run and the seconds that it took."""
+    runs = {}
+
+    def of(ppo):
+        if ppo not in runs:
+            folder, began = tmp_path_factory.mktemp("alone") / "run", time.monotonic()
+            subprocess.run(
+                command(ppo, *short_run(ppo), "--run-dir", folder), check=True, capture_output=True
+            )
+            runs[ppo] = folder, time.monotonic() - began
+        return runs[ppo]
+
+    return of
+
+
+class TestKills:
+    """Killed at any moment, while it saves too, a run goes on to the end of the one left alone."""
+
+    @in_suites(
+        quick="ppo_continuous at any moment",
+        slow="ppo_continuous while it saves, ppo_rlhf_llm at any moment",
+        cases=("at any moment", "while it saves"),
+    )
+    def test_a_killed_run_goes_on_to_the_same_end(self, ppo, case, alone, tmp_path, trials):
+        while_saving = case == "while it saves"
+        (undisturbed, duration), kills, runs = alone(ppo), 0, itertools.count()
+        number = len(trials(1, 12) if while_saving else trials(1, 40))
+        folder = None
+        while folder or kills < number:
+            folder = folder or tmp_path / str(next(runs))
+            begun = (folder / "checkpoint.pt").exists()
+            options = ["--resume", folder] if begun else [*short_run(ppo), "--run-dir", folder]
+            process = start(ppo, *options, slow_saves=while_saving and kills < number)
+            if kills < number:
+                if while_saving:
+                    for _ in range(trials.draw.choice([1, 1, 2, 3])):  # which of its saves
+                        while process.poll() is None and not (folder / "writing").exists():
+                            time.sleep(0.005)
+                        time.sleep(trials.draw.uniform(0, 0.5))
+                else:
+                    time.sleep(trials.draw.uniform(0, duration))
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+                    kills += 1
+                    (folder / "writing").unlink(missing_ok=True)
+                    continue
+            said, _ = process.communicate()
+            assert process.returncode == 0, said[-3000:]
+            assert_same_run(ppo, undisturbed, folder)
+            folder = None
+        trials.survived(f"killed {case}", ppo, kills)
+
+    @in_suites(slow="ppo_continuous SIGTERM, ppo_rlhf_llm SIGINT", cases=("SIGINT", "SIGTERM"))
+    def test_ctrl_c_and_sigterm_say_how_to_go_on(self, ppo, case, alone, tmp_path, trials):
+        undisturbed, duration = alone(ppo)
+        for trial in trials(1, 5):
+            folder = tmp_path / str(trial)
+            process = start(ppo, *short_run(ppo), "--run-dir", folder)
+            while process.poll() is None and not (folder / "checkpoint.pt").exists():
+                time.sleep(0.01)
+            time.sleep(trials.draw.uniform(0, duration / 4))
+            os.kill(process.pid, getattr(signal, case))
+            said, _ = process.communicate(timeout=60)
+            assert process.returncode == 130, said
+            assert "stopped; --resume RUN_DIR continues from the last checkpoint" in said
+            assert "Traceback" not in said
+            time.sleep(1)  # event files are told apart by the second
+            run(ppo, "--resume", folder, check=True)
+            assert_same_run(ppo, undisturbed, folder)
+        trials.survived("Ctrl-C" if case == "SIGINT" else case, ppo, len(trials(1, 5)))
+
+
+def with_file_size(limit):
+    """For a process: no file may grow beyond this, in bytes; to write more fails, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def without_root_s_rights():
+    """For a process: permissions hold for root, too (it loses CAP_DAC_OVERRIDE, 1, when it starts)."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """Of each script a small run, for a test to copy."""
+    runs = {}
+
+    def copy_of(ppo, folder):
+        if ppo not in runs:
+            runs[ppo] = tmp_path_factory.mktemp("saved") / "run"
+            ppo.train(tiny(ppo, runs[ppo]))
+        return shutil.copytree(runs[ppo], folder)
+
+    return copy_of
+
+
+def tiny(ppo, run_dir, **options):
+    """Arguments of a run of a second."""
+    if ppo.__name__ != "ppo_rlhf_llm":
+        return small(ppo, run_dir, **options)
+    import test_rlhf
+
+    return test_rlhf.tiny(run_dir, **options)
+
+
+def longer(ppo, by=2):
+    """Options with which a small run goes on."""
+    if ppo.__name__ == "ppo_rlhf_llm":
+        return ["--total-episodes", 32 * by]
+    return ["--total-timesteps", 512 * by]
+
+
+class TestDisk:
+    @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
+    def test_no_space_for_a_checkpoint(self, ppo, saved_run, run_dir, trials):
+        saved_run(ppo, run_dir)
+        before = ppo.load_checkpoint(run_dir)
+        for _ in trials(1, 10):
+            limit = trials.draw.randrange(1000, (run_dir / "checkpoint.pt").stat().st_size)
+            result = run(ppo, "--resume", run_dir, *longer(ppo), preexec_fn=with_file_size(limit))
+            assert_refused(result, "File too large")
+            assert same(ppo.load_checkpoint(run_dir), before)
+        trials.survived("no space for a checkpoint", ppo, len(trials(1, 10)))
+
+    # (those of RLHF are never as large as its checkpoints)
+    @in_suites(slow="ppo_continuous", among=[ppo for ppo in SCRIPTS if hasattr(ppo, "make_envs")])
+    def test_no_space_for_events(self, ppo, tmp_path, trials):
+        options = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --eval-episodes 2"
+        options = [*options.split(), "--total-timesteps", 128 * 250, "--checkpoint-every", 50, "--run-dir"]
+        run(ppo, *options, tmp_path / "alone", check=True)
+        space = (tmp_path / "alone" / "checkpoint.pt").stat().st_size + 1000
+        for trial in trials(1, 10):
+            limit, folder = space + trials.draw.randrange(50_000), tmp_path / str(trial)
+            assert_refused(run(ppo, *options, folder, preexec_fn=with_file_size(limit)), "File too large")
+            assert 0 < ppo.load_checkpoint(folder)["iteration"] < 250
+            time.sleep(1)  # event files are told apart by the second
+            run(ppo, "--resume", folder, check=True)
+            assert_same_run(ppo, tmp_path / "alone", folder)
+        trials.survived("no space for events", ppo, len(trials(1, 10)))
+
+    @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
+    def test_a_run_folder_that_may_not_be_written(self, ppo, saved_run, run_dir):
+        saved_run(ppo, run_dir)
+        before = ppo.load_checkpoint(run_dir)
+        run_dir.chmod(0o500)
+        result = run(ppo, "--resume", run_dir, *longer(ppo), preexec_fn=without_root_s_rights)
+        run_dir.chmod(0o700)
+        assert_refused(result, "Permission denied")
+        assert same(ppo.load_checkpoint(run_dir), before)
+
+    @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
+    def test_a_place_where_no_run_folder_may_be_made(self, ppo, tmp_path):
+        tmp_path.chmod(0o500)
+        options = short_run(ppo)
+        result = run(ppo, *options, "--run-dir", tmp_path / "run", preexec_fn=without_root_s_rights)
+        tmp_path.chmod(0o700)
+        assert_refused(result, f"cannot make the folder {tmp_path / 'run'}: Permission denied")
+
+
+def spoiled(data: bytes, draw: random.Random) -> bytes:
+    """A file cut off somewhere, with bits flipped, with a piece of zeros, or with a piece twice."""
+    place, size = draw.randrange(len(data)), draw.randrange(1, 5000)
+    match draw.randrange(4):
+        case 0:
+            return data[:place]
+        case 1:
+            return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+        case 2:
+            return data[:place] + bytes(len(data[place : place + size])) + data[place + size :]
+        case _:
+            return data[:place] + data[place : place + size] + data[place:]
+
+
+@every_script
+def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir, trials):
+    """Between the parts of the archive there are bytes that mean nothing."""
+    saved_run(ppo, run_dir)
+    path, before = run_dir / "checkpoint.pt", ppo.load_checkpoint(run_dir)
+    data, refused = path.read_bytes(), 0
+    for _ in trials(20, 2000):
+        path.write_bytes(spoiled(data, trials.draw))
+        try:
+            assert same(ppo.load_checkpoint(run_dir), before)
+        except ppo.UserError as error:
+            refused += 1
+            assert "is damaged, or no checkpoint" in str(error)
+    assert refused > len(trials(20, 2000)) / 2
+    assert_refused(run(ppo, "--resume", run_dir), "") if path.write_bytes(data[:-1]) else None
+    trials.survived("a spoiled checkpoint", ppo, len(trials(20, 2000)))
+
+
+@control
+@pytest.mark.filterwarnings("ignore:.*(ERROR|WARN)", "ignore:.*AsyncVectorEnv")  # its words of workers
+class TestEnvironments:
+    """What an environment does wrong is told with its number and the step, in one line."""
+
+    @pytest.fixture(autouse=True)
+    def count_anew(self, monkeypatch):
+        monkeypatch.setattr(Faulty, "made", 0)
+
+    @pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
+    @pytest.mark.parametrize(
+        ("fault", "words"),
+        [
+            ("raises", "RuntimeError: the simulator lost its licence"),
+            ("grows", "the observation [0. 0.] is not what Box(-inf, inf, (1,), float32) says"),
+            ("leaves", "the observation -1 is not what Discrete(3) says"),
+            ("is no array", "the observation {'obs': array([3.], dtype=float32)} is not what Box(-inf"),
+        ],
+    )
+    def test_what_an_environment_does_wrong(
+        self, ppo, run_dir, monkeypatch, capsys, fault, words, async_envs
+    ):
+        # number 0 is looked at, 1 and 2 play; workers are copies that count for themselves
+        env_id = probe(ppo, "Faulty", fault=fault, which=None if async_envs else 2)
+        options = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--env-id"]
+        said = refusal_after(ppo, monkeypatch, capsys, *options, env_id, "--run-dir", run_dir,
+                             *["--async-envs"] * async_envs)  # fmt: skip
+        index = re.findall(r"error: environment (\d), step 3 of an episode: ", said)
+        assert index == ["1"] or (async_envs and index == ["0"])  # of workers the last to be heard
+        assert words in said
+        assert ppo.load_checkpoint(run_dir)["iteration"] == 0
+        assert curve(run_dir) == {}
+
+    @pytest.mark.parametrize(
+        ("fault", "words"),
+        [("dies", "environment 0 died"), ("hangs", "environment 0 is silent for 2 seconds")],
+    )
+    def test_a_worker_that_does_not_answer(self, ppo, run_dir, monkeypatch, capsys, fault, words):
+        monkeypatch.setattr(ppo, "PATIENCE", 2)
+        env_id = probe(ppo, "Faulty", fault=fault)
+        options = ["--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--async-envs"]
+        options += ["--env-id", env_id, "--run-dir", run_dir]
+        said = refusal_after(ppo, monkeypatch, capsys, *options)
+        assert f"error: the process of {words}" in said
+        assert ppo.load_checkpoint(run_dir)["iteration"] == 0
+
+
+def refusal_after(ppo, monkeypatch, capsys, *arguments):
+    """The one line with which main() ends a run that has begun, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2
+    (line,) = re.findall(r"error: .*", capsys.readouterr().err)
+    return line
+
+
+def assert_finite(points):
+    """All metrics; of constant returns no share can be explained, that one is nan then."""
+    for tag in points.keys() - {"losses/explained_variance"}:
+        assert np.isfinite([value for _, value in points[tag]]).all(), (tag, points[tag])
+
+
+class TestNumbers:
+    """Whatever the scale, nothing becomes nan, and what can be learned is."""
+
+    @pytest.mark.parametrize(("scale", "norm_reward"), [(1e-8, True), (1e8, True), (1e8, False)])
+    @each_kind
+    def test_rewards_of_any_size(self, ppo, run_dir, scale, norm_reward):
+        env_id = probe(ppo, "Scaled", scale=scale)
+        options = dict(total_timesteps=128 * 40, update_epochs=8, learning_rate=1e-2, eval_episodes=1)
+        ppo.train(small(ppo, run_dir, env_id=env_id, norm_reward=norm_reward, checkpoint_every=40, **options))
+        assert_finite(points := curve(run_dir))
+        ((_, reached),) = points["eval/episodic_return"]
+        if norm_reward:  # best is 1 (Discrete) or 0; at first it is 0.5 on the average, or -0.25
+            assert reached / scale > (0.99 if discrete(ppo) else -0.02)
+
+    @pytest.mark.parametrize(
+        ("env", "options"),
+        [
+            ("ConstantReward", {}),  # observations, too, are constant, and every episode has one step
+            ("ConstantReward", dict(norm_adv=False, clip_vloss=True)),
+            ("LongerThanTheRun", {}),  # no episode ends
+            ("Counter", {}),  # observations without bounds
+        ],
+    )
+    @each_kind
+    def test_rewards_observations_and_episodes_without_variety(self, ppo, run_dir, env, options):
+        options = {name: value for name, value in options.items() if hasattr(ppo.Args, name)}
+        ppo.train(small(ppo, run_dir, env_id=probe(ppo, env), **options))
+        assert_finite(curve(run_dir))
+
+    @scripts_with("gaussian_logprobs", "make_envs")
+    def test_actions_without_bounds(self, ppo, run_dir):
+        actions, observations = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-1e6, 1e6, (3,))
+        env_id = register("Spaces", observation_space=observations, action_space=actions)
+        ppo.train(small(ppo, run_dir, env_id=env_id))
+        assert_finite(curve(run_dir))
+
+
+USUAL = {int: [1, 2, 4, 8, 16, 64], float: [1e-8, 1e-3, 0.01, 0.2, 0.5, 0.9, 0.99, 1.0]}
+STRANGE = [-1, 0, 3, 7, 10**400, -0.5, 0.0, 1.5, 1e4, 1e8, 1e300, "nan", "inf", "", "x", "None"]
+SOME = {
+    "env_id": "Pendulum-v1 CartPole-v1 Acrobot-v1 MountainCarContinuous-v0 Taxi-v4 FrozenLake-v1 x",
+    "total_timesteps": "256 1024 2048 4096",
+    "total_episodes": "16 32 64",
+    "num_texts": "64 100",
+    "num_pairs": "20 64",
+    "layers": "1 2",
+    "width": "8 16 24",
+    "heads": "1 2 4",
+    "answer_length": "1 2 8 24",
+    "context": "64 128 224",
+    "batch_size": "4 8 16",
+    "eval_episodes": "1 2 3",
+}
+KEPT = {"run_dir", "resume", "evaluate", "generate", "track", "compile", "capture_video", "model"}
+
+
+def random_options(ppo, draw, strange=0.02):
+    """A command line drawn from the types of the fields, some values of another kind or size."""
+    words = []
+    for field in fields(ppo.Args):
+        option, types = "--" + field.name.replace("_", "-"), get_args(field.type) or (field.type,)
+        seldom = str in types and field.name not in SOME
+        if field.name in KEPT or draw.random() < (0.95 if seldom else 0.7):
+            continue
+        if field.type is bool:
+            words.append(option if draw.random() < 0.5 and field.name != "cuda" else f"--no-{option[2:]}")
+            continue
+        if field.name in SOME:
+            value = draw.choice(SOME[field.name].split())
+        elif get_origin(field.type) is Literal:
+            value = draw.choice(types)
+        elif type(None) in types and draw.random() < 0.5:
+            value = None
+        else:
+            value = draw.choice(USUAL[int if int in types else float] if str not in types else ["nowhere"])
+        words += [option, str(draw.choice(STRANGE) if draw.random() < strange else value)]
+    return words
+
+
+class Enough(Exception):
+    """Two iterations are."""
+
+
+@in_suites(quick="ppo_continuous", slow="ppo_discrete, ppo_penalty, ppo_rlhf_llm")
+def test_options_drawn_at_random_run_or_are_refused_in_one_line(ppo, tmp_path, monkeypatch, capsys, trials):
+    monkeypatch.chdir(tmp_path)
+    explained_variance, ran = ppo.explained_variance, 0
+    for trial in trials(10, 500):
+        iterations = itertools.count(1)
+
+        def end_of_iteration(*inputs, iterations=iterations):
+            if next(iterations) == 2:
+                raise Enough
+            return explained_variance(*inputs)
+
+        monkeypatch.setattr(ppo, "explained_variance", end_of_iteration)
+        words = random_options(ppo, trials.draw)
+        if ppo.__name__ == "ppo_rlhf_llm":  # small, where nothing else was drawn
+            words = [*words_of_a_small_job(ppo), *words]
+        monkeypatch.setattr(sys, "argv", [ppo.__name__, *words, "--run-dir", str(tmp_path / str(trial))])
+        print(" ".join(sys.argv))
+        try:
+            ppo.main()
+            ran += 1
+        except Enough:
+            ran += 1
+        except SystemExit as stop:
+            assert stop.code == 2
+            said = capsys.readouterr().err
+            assert "Traceback" not in said
+            errors = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1 or "For full helptext" in said, said
+    print(f"{ran} of them ran")
+    trials.survived("options drawn at random", ppo, len(trials(10, 500)))
+
+
+def words_of_a_small_job(ppo):
+    options = (
+        "--layers 2 --heads 2 --width 16 --num-texts 64 --sft-epochs 1 --num-pairs 20 --total-episodes 32"
+    )
+    options += " --batch-size 16 --num-minibatches 2 --answer-length 8 --eval-prompts 8"
+    return options.split()
+
+
+@in_suites(slow="ppo_rlhf_llm")
+def test_the_same_options_twice_give_the_same_weights(ppo, tmp_path, trials):
+    """Options drawn at random, fresh processes."""
+    same_runs = 0
+    for trial in itertools.count():
+        words = random_options(ppo, trials.draw, strange=0)
+        if ppo.__name__ == "ppo_rlhf_llm":
+            words = [*words_of_a_small_job(ppo), *words]
+        one, two = tmp_path / f"{trial}-one", tmp_path / f"{trial}-two"
+        if run(ppo, *words, "--run-dir", one).returncode:
+            continue  # refused
+        run(ppo, *words, "--run-dir", two, check=True)
+        assert_same_run(ppo, one, two)
+        same_runs += 1
+        if same_runs == len(trials(1, 20)):
+            break
+    trials.survived("twice the same", ppo, same_runs)
