@@ -823,7 +823,9 @@ class Watched(gym.Wrapper):
 
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
-        self.index, self.step_of_episode = index, 0
+        self.index, self.step_of_episode, space = index, 0, env.observation_space
+        is_box = isinstance(space, gym.spaces.Box)
+        self.fits = (lambda obs: np.shape(obs) == space.shape) if is_box else space.contains
 
     def reset(self, **options):
         self.step_of_episode = 0
@@ -834,15 +836,14 @@ class Watched(gym.Wrapper):
         return self.watched(self.env.step, action)
 
     def watched(self, function: Callable, *inputs, **options):
-        where = f"environment {self.index}, step {self.step_of_episode} of an episode"
         try:
-            obs, *outcome = function(*inputs, **options)
+            obs, *_ = result = function(*inputs, **options)
+            if not self.fits(obs):
+                raise ValueError(f"the observation {obs} is not what {self.env.observation_space} says")
         except Exception as error:  # whatever an environment can raise
+            where = f"environment {self.index}, step {self.step_of_episode} of an episode"
             raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-        space = self.env.observation_space
-        if np.shape(obs) != space.shape if isinstance(space, gym.spaces.Box) else obs not in space:
-            raise UserError(f"{where}: the observation {obs} is not what {space} says")
-        return obs, *outcome
+        return result
 
 
 class Workers(gym.vector.AsyncVectorEnv):
