@@ -145,7 +145,7 @@ class Args:
         return self.checkpoint_every or max(1, self.num_iterations // 10)
 
     def __post_init__(self) -> None:
-        limits = {"seed": (0, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+        limits = {"seed": (0, 9e18), "gamma": (0, 1), "gae_lambda": (0, 1)}
         limits |= {"learning_rate": (1e-12, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6)}
         for field in dataclasses.fields(self):
             option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
@@ -153,7 +153,7 @@ class Args:
             if value == "" or (kind not in types and not (kind is int and float in types)):
                 names = " or ".join(t.__name__ for t in types)
                 raise ValueError(f"{option} is {value!r}; it must be {names}")
-            low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
+            low, high = limits.get(field.name, (1, 9e18) if kind is int else (1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
         rows, parts = self.batch_size, self.num_minibatches

@@ -205,7 +205,7 @@ class Args:
         limits = dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
         limits |= dict.fromkeys(("vf_coef", "kl_coef", "ptx_coef", "eos_penalty"), (0, 1e6))
         limits |= {name: (1e-12, 1) for name in vars(self) if name.endswith("learning_rate")}
-        limits |= {"seed": (0, math.inf), "batch_size": (2, math.inf), "num_pairs": (20, math.inf)}
+        limits |= {"seed": (0, 9e18), "batch_size": (2, 9e18), "num_pairs": (20, 9e18)}
         limits |= {"eval_prompts": (2, HELD_OUT)}
         for field in dataclasses.fields(self):
             option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
@@ -217,7 +217,7 @@ class Args:
             if value == "" or (kind not in types and not (kind is int and float in types)):
                 names = " or ".join(t.__name__ for t in types)
                 raise ValueError(f"{option} is {value!r}; it must be {names}")
-            low, high = limits.get(field.name, (1 if kind is int else 1e-12, math.inf))
+            low, high = limits.get(field.name, (1, 9e18) if kind is int else (1e-12, math.inf))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
         for message, wrong in self.mistakes().items():

@@ -283,6 +283,10 @@ class Faulty(Counter):
             obs = np.zeros(2, np.float32)
         if failing and self.fault == "is no array":
             obs = {"obs": obs}
+        if failing and self.fault.startswith("next_obs "):
+            obs = np.full(1, float(self.fault.split()[1]), np.float32)
+        if failing and self.fault.startswith("reward "):
+            reward = float(self.fault.split()[1])
         return obs, reward, terminated, truncated, info
 
 

@@ -1,6 +1,7 @@
 """The project as a whole: shared text, files that stand alone, a README that tells the truth."""
 
 import ast
+import csv
 import functools
 import importlib.metadata
 import re
@@ -137,6 +138,20 @@ def test_the_tables_of_speed_in_the_readme_are_what_the_benchmark_wrote():
     section = (ROOT / "README.md").read_text().split("\n### Speed\n")[1].split("\n## ")[0]
     quoted = [line for line in section.splitlines() if line.startswith("|")]
     assert len(quoted) > 15 and not [line for line in quoted if line not in measured]
+
+
+def test_the_table_of_faults_in_the_readme_is_what_the_campaign_wrote():
+    with (ROOT / "benchmarks" / "results" / "faults.csv").open() as file:
+        survived = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
+    section = README.split("\n### Faults\n")[1].split("\n### ")[0]
+    quoted = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"
+    ]
+    (_, *names), _, *rows = quoted
+    table = {
+        (fault, name): n for fault, *numbers in rows for name, n in zip(names, numbers, strict=True) if n
+    }
+    assert table == survived and len(names) == 4
 
 
 def test_every_path_that_the_readme_links_to_exists():

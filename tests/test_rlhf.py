@@ -479,7 +479,7 @@ class TestCommandLine:
             ("--num-minibatches 5", "--batch-size 64 does not divide into --num-minibatches 5"),
             ("--width 98", "--width 98 does not divide into --heads 4"),
             ("--total-episodes 10", "--total-episodes is less than one iteration, --batch-size 64"),
-            ("--batch-size 1", "--batch-size is 1; it must lie between 2 and inf"),
+            ("--batch-size 1", "--batch-size is 1; it must lie between 2 and 9e+18"),
             ("--kl-in nowhere", "nowhere"),
             ("--kl-target 0", "--kl-target is 0.0; it must lie between 1e-12 and inf"),
             ("--learning-rate nan", "--learning-rate is nan; it must lie between 1e-12 and 1"),
