@@ -689,7 +689,7 @@ class Watched(gym.Wrapper):
                 raise ValueError(f"the observation {obs} is not what {self.env.observation_space} says")
         except Exception as error:  # whatever an environment can raise
             where = f"environment {self.index}, step {self.step_of_episode} of an episode"
-            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+            raise gym.error.Error(f"{where}: {type(error).__name__}: {error}") from error
         return result
 
 
@@ -700,14 +700,14 @@ class Workers(gym.vector.AsyncVectorEnv):
         try:
             self.step_async(actions)
             return self.step_wait(timeout=PATIENCE)
-        except (multiprocessing.TimeoutError, EOFError, ConnectionError, UserError) as error:
+        except (multiprocessing.TimeoutError, EOFError, ConnectionError, gym.error.Error) as error:
             ends = [process.sentinel for process in self.processes]
             dead = [ends.index(end) for end in multiprocessing.connection.wait(ends, timeout=1)]
             silent = [i for i, pipe in enumerate(self.parent_pipes) if pipe and not pipe.poll()]
             for process in self.processes:
                 process.kill()
             self.closed = True  # nobody is left to be told of the end
-            if isinstance(error, UserError):
+            if isinstance(error, gym.error.Error):
                 raise
             index, what = RANK * self.num_envs + (dead or silent)[0], f"is silent for {PATIENCE} seconds"
             raise UserError(f"the process of environment {index} {'died' if dead else what}") from error
@@ -941,7 +941,7 @@ def main() -> None:
             dist.destroy_process_group()
         if RANK > 0:
             os._exit(0)  # gloo's threads can crash an interpreter that ends as others do
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+    except (UserError, gym.error.Error, OSError) as error:  # OSError: a full disk, a forbidden folder
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

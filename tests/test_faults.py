@@ -435,6 +435,27 @@ class TestEnvironments:
         assert ppo.load_checkpoint(run_dir)["iteration"] == 0
 
 
+@pytest.mark.slow
+def test_a_worker_that_was_spawned_tells_it_too(tmp_path):
+    """As processes start on macOS and Windows: what it raises must have a name that both sides know."""
+    (tmp_path / "broken.py").write_text(
+        "import gymnasium as gym\n"
+        "class Broken(gym.Wrapper):\n"
+        "    def step(self, action):\n"
+        "        raise RuntimeError('no licence')\n"
+        "gym.register('Broken-v0', lambda **kwargs: Broken(gym.make('Pendulum-v1', **kwargs)))\n"
+    )
+    begin, spawn = 'if __name__ == "__main__":\n', "    multiprocessing.set_start_method('spawn')\n"
+    text = (ROOT / "ppo_continuous.py").read_text()
+    (tmp_path / "ppo_continuous.py").write_text(text.replace(begin, begin + spawn))
+    options = ["ppo_continuous.py", "--env-id", "broken:Broken-v0", "--async-envs", "--num-envs", "2"]
+    result = subprocess.run(
+        [sys.executable, *options], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert result.returncode == 2
+    assert re.search("error: environment [01], step 1 of an episode: RuntimeError: no licence", result.stderr)
+
+
 def refusal_after(ppo, monkeypatch, capsys, *arguments):
     """The one line with which main() ends a run that has begun, with exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
