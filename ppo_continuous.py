@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -439,7 +440,7 @@ def make_envs(args: Args, num_envs: int, video_folder: Path | None = None) -> gy
             env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k < played)
         else:
             env = gym.make(args.env_id)
-        env, space = Watched(env, RANK * num_envs + index), env.observation_space  # which tells its failures
+        env, space = Watched(env, RANK * num_envs + index), env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
             raise UserError(f"{args.env_id} shows images; only ppo_discrete.py has a network for them")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -478,8 +479,8 @@ def minibatch_gradient(
     new_logprobs = gaussian_logprobs(actions, agent.action_mean(obs), agent.log_std)
     new_values = agent.value(obs)
     if args.norm_adv:  # not in the paper: clip_coef and the learning rate then fit all reward scales
-        advantages = normalize(advantages)  # (B, processes)
-    advantages = advantages[:, RANK]
+        advantages = normalize(advantages)  # those of all processes
+    advantages = advantages[:, RANK]  # those of this one
     value_clip_coef = args.clip_coef if args.clip_vloss else None
     policy_loss = clipped_policy_loss(new_logprobs, old_logprobs, advantages, args.clip_coef).mean()
     critic_loss = value_loss(new_values, old_values, returns, value_clip_coef).mean()
@@ -573,7 +574,7 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards, old_values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
-        advantages = gather(advantages.unsqueeze(-1), -1)  # (T, N, processes), to be normalised together
+        advantages = gather(advantages.unsqueeze(-1), -1)  # (T, N, processes): all shuffle alike
         batch = [x.flatten(0, 1) for x in (obs, actions, old_logprobs, old_values, advantages, returns)]
 
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
@@ -634,7 +635,7 @@ def train(args: Args) -> list[float]:
 
 
 SCRIPT, FORMAT = "ppo_continuous", 1  # what a checkpoint says of itself
-PATIENCE = 300  # seconds in which a step must be done
+PATIENCE = 300  # seconds in which a worker must have done its step
 FREE_OPTIONS = {"resume", "evaluate", "eval_episodes", "capture_video", "async_envs", "track"}
 
 
@@ -666,13 +667,14 @@ def look_at_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 class Watched(gym.Wrapper):
-    """Tells which environment failed, and where. Many tasks leave their bounds: a Box says shapes alone."""
+    """Tells which environment failed, and where. Many tasks leave their bounds: of a Box the shape counts."""
 
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
         self.index, self.step_of_episode, space = index, 0, env.observation_space
-        is_box = isinstance(space, gym.spaces.Box)
-        self.fits = (lambda obs: np.shape(obs) == space.shape) if is_box else space.contains
+        self.fits = space.contains if isinstance(space, gym.spaces.Discrete) else lambda obs: True
+        if isinstance(space, gym.spaces.Box):
+            self.fits = lambda obs: np.shape(obs) == space.shape
 
     def reset(self, **options):
         self.step_of_episode = 0
@@ -689,28 +691,37 @@ class Watched(gym.Wrapper):
                 raise ValueError(f"the observation {obs} is not what {self.env.observation_space} says")
         except Exception as error:  # whatever an environment can raise
             where = f"environment {self.index}, step {self.step_of_episode} of an episode"
-            raise gym.error.Error(f"{where}: {type(error).__name__}: {error}") from error
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+            raise gym.error.Error(f"{where}: {what}") from error
         return result
 
 
 class Workers(gym.vector.AsyncVectorEnv):
     """A process for each environment. One that dies, or is silent for PATIENCE seconds, is told of."""
 
+    def reset(self, **options):
+        return self.answers(self.reset_async, self.reset_wait, **options)
+
     def step(self, actions):
+        return self.answers(self.step_async, self.step_wait, actions)
+
+    def answers(self, ask: Callable, wait: Callable, *inputs, **options):
         try:
-            self.step_async(actions)
-            return self.step_wait(timeout=PATIENCE)
+            ask(*inputs, **options)
+            return wait(timeout=PATIENCE)
         except (multiprocessing.TimeoutError, EOFError, ConnectionError, gym.error.Error) as error:
+            silent = [i for i, pipe in enumerate(self.parent_pipes) if pipe and not pipe.poll()]
             ends = [process.sentinel for process in self.processes]
             dead = [ends.index(end) for end in multiprocessing.connection.wait(ends, timeout=1)]
-            silent = [i for i, pipe in enumerate(self.parent_pipes) if pipe and not pipe.poll()]
             for process in self.processes:
                 process.kill()
             self.closed = True  # nobody is left to be told of the end
             if isinstance(error, gym.error.Error):
                 raise
-            index, what = RANK * self.num_envs + (dead or silent)[0], f"is silent for {PATIENCE} seconds"
-            raise UserError(f"the process of environment {index} {'died' if dead else what}") from error
+            index = RANK * self.num_envs + (dead or silent or [0])[0]
+            what = "died" if dead else f"is silent for {PATIENCE} seconds"
+            raise UserError(f"the process of environment {index} {what}") from error
 
 
 @torch.no_grad()
@@ -895,10 +906,11 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 def load_args(run_dir: str | Path) -> Args:
     """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
+    options = load_checkpoint(run_dir)["args"]
     try:
-        return Args(**load_checkpoint(run_dir)["args"])
-    except TypeError as error:
-        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not know: {error}") from error
+        return Args(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not take: {error}") from error
 
 
 def load_agent(run_dir: str | Path, device: str = "cpu") -> Agent:
@@ -926,8 +938,9 @@ def main() -> None:
         if os.name == "posix" and WORLD_SIZE == 1:  # SIGTERM is as Ctrl-C, but for the workers
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-        # of a full disk TensorBoard's thread tells at length, and then the next flush raises it here
-        threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
+        # TensorBoard's thread tells of a full disk at length, and then the next flush raises it here
+        known = "_AsyncWriterThread"
+        threading.excepthook = lambda x: type(x.thread).__name__ == known or threading.__excepthook__(x)
         args = parse_args()
         if args.evaluate and WORLD_SIZE > 1:
             raise UserError("--evaluate needs no more than one process: start it without torchrun")

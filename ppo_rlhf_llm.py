@@ -795,7 +795,9 @@ def read_jsonl(models: Models, path: str, *forms: str) -> list[tuple[str, ...]]:
             "".join(texts).encode()  # fails for half a surrogate, and for what is no text
         except (ValueError, TypeError, StopIteration, RecursionError) as error:
             wanted = " or ".join(", ".join(keys) for keys in forms)
-            raise UserError(f"{path}, line {number}: no JSON object with texts for {wanted}, once") from error
+            raise UserError(
+                f"{path}, line {number}: no JSON object with texts for {wanted}, each key once"
+            ) from error
         prompt, *answers = texts if len(texts) > 1 or forms == [["prompt"]] else ("", *texts)
         try:
             encode(models, [(prompt, answer) for answer in answers or [""]])
@@ -1579,10 +1581,11 @@ def load_checkpoint(run_dir: str | Path) -> dict:
 
 def load_args(run_dir: str | Path) -> Args:
     """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
+    options = load_checkpoint(run_dir)["args"]
     try:
-        return Args(**load_checkpoint(run_dir)["args"])
-    except TypeError as error:
-        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not know: {error}") from error
+        return Args(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not take: {error}") from error
 
 
 def parse_args() -> Args:
@@ -1600,8 +1603,9 @@ def main() -> None:
     try:
         if os.name == "posix" and WORLD_SIZE == 1:  # SIGTERM is as Ctrl-C
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # of a full disk TensorBoard's thread tells at length, and then the next flush raises it here
-        threading.excepthook = lambda x: issubclass(x.exc_type, OSError) or threading.__excepthook__(x)
+        # TensorBoard's thread tells of a full disk at length, and then the next flush raises it here
+        known = "_AsyncWriterThread"
+        threading.excepthook = lambda x: type(x.thread).__name__ == known or threading.__excepthook__(x)
         args = parse_args()
         if args.evaluate and WORLD_SIZE > 1:
             raise UserError("--evaluate needs no more than one process: start it without torchrun")

@@ -1,4 +1,6 @@
 import os
+import signal
+import threading
 
 import pytest
 
@@ -20,6 +22,15 @@ def pytest_collection_modifyitems(config, items):
         for mark in ("slow", "campaign"):
             if item.get_closest_marker(mark) and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"--{mark} runs it"))
+
+
+@pytest.fixture(autouse=True)
+def what_main_sets_for_its_process():
+    """Is as before after every test."""
+    handler, hook = signal.getsignal(signal.SIGTERM), threading.excepthook
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    threading.excepthook = hook
 
 
 @pytest.fixture

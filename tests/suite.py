@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -253,19 +254,25 @@ class Broken(Counter):
 
 
 class Faulty(Counter):
-    """A counter of which the one made as number `which` fails at its third step, in one of many ways."""
+    """A counter that fails at its third step, in one of many ways, if it is number `which`.
+
+    Numbers are those of making, or of a worker among its like.
+    """
 
     made = 0
 
-    def __init__(self, discrete: bool = False, fault: str = "raises", which: int | None = None) -> None:
+    def __init__(self, discrete: bool = False, fault: str = "raises", which: int = 1) -> None:
         super().__init__(discrete)
         if fault == "leaves":
             self.observation_space = gym.spaces.Discrete(3)
-        self.fault, self.fails = fault, which in (None, Faulty.made)
+        worker = multiprocessing.current_process().name.partition("Worker<Workers>-")[2]
+        self.fault, self.fails = fault, (worker or str(Faulty.made)) == str(which)
         Faulty.made += 1
 
     def reset(self, *, seed=None, options=None):
         obs, info = super().reset(seed=seed)
+        if self.fails and self.fault == "raises at reset":
+            raise RuntimeError("no reset")
         return (0 if self.fault == "leaves" else obs), info
 
     def step(self, action):
