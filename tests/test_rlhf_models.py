@@ -273,14 +273,14 @@ class TestFiles:
         [
             (
                 '{"prompt": "a", "completion": "b"',
-                r"line 3: no JSON object with texts for prompt, completion or text, once",
+                r"line 3: no JSON object with texts for prompt, completion or text, each key once",
             ),
             ('{"prompt": "a"}', "line 3: no JSON object with texts"),
             ('{"prompt": "a", "completion": 5}', "line 3"),
             ('["prompt", "completion"]', "line 3"),
             ("5", "line 3"),
             (r'{"text": "\ud800"}', "line 3"),
-            ('{"text": "a", "text": "b"}', "line 3: no JSON object .*, once"),
+            ('{"text": "a", "text": "b"}', "line 3: no JSON object .*, each key once"),
             ('{"prompt": "a", "completion": "tab\there"}', "line 3"),  # JSON has \\t for it
             ("[" * 100_000, "line 3"),
             ("9" * 10_000, "line 3"),
