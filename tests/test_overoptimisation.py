@@ -1,0 +1,96 @@
+"""The study of over-optimisation: its maths, its way through a small job, what README.md quotes of it."""
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from suite import ROOT, SCRIPTS, load_module
+
+(RLHF,) = (script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setitem(sys.modules, RLHF.__name__, RLHF)  # the study imports it anew; afterwards it is this
+    return load_module(ROOT / "benchmarks" / "overoptimisation.py", "overoptimisation")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_the_best_of_n_is_a_mean_over_all_choices_of_n_answers(study, n):
+    draw = np.random.default_rng(1)
+    scores, gold = draw.normal(size=(2, 3, 6))  # three prompts, six answers to each
+    best = [max(chosen) for row in zip(scores, gold, strict=True) for chosen in choices(*row, n)]
+    assert study.expected_best(scores, gold, n) == pytest.approx(np.mean(best, 0))
+
+
+def choices(scores, gold, n):
+    """All choices of n answers, each with its score and its gold."""
+    return itertools.combinations(zip(scores, gold, strict=True), n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 256])
+def test_the_kl_of_best_of_n_is_exact_if_no_answer_comes_twice_and_a_bound_if_some_do(study, n):
+    def exact(outcomes):
+        """KL to uniform of the greatest of n draws; that it is at most k has the chance (k / outcomes)^n."""
+        chance = np.diff((np.arange(outcomes + 1) / outcomes) ** n)
+        return sum(p * math.log(p * outcomes) for p in chance if p > 0)
+
+    assert study.best_of_n_kl(n) == pytest.approx(exact(1_000_000), abs=1e-3)
+    assert exact(3) <= study.best_of_n_kl(n)
+
+
+@pytest.mark.parametrize("way", ["PPO", "best of n"])
+def test_a_fit_finds_the_form_that_made_the_points_and_tells_what_is_left_of_others(study, way):
+    d, form = np.linspace(0.1, 8, 100), study.FORMS[way]
+    alpha, beta, left = study.fit(d, d * (1.5 - 0.4 * form(d)), form)
+    assert (alpha, beta, left) == pytest.approx((1.5, 0.4, 0.0), abs=1e-9)
+    alpha, beta, left = study.fit(d, d * (1.5 - 0.4 * form(d)) + 0.3 * (-1.0) ** np.arange(100), form)
+    assert (alpha, beta) == pytest.approx((1.5, 0.4), abs=0.02)
+    assert left == pytest.approx(0.3, abs=0.01)
+
+
+@dataclass
+class Small(RLHF.Args):
+    num_texts: int = 40
+    layers: int = 1
+    heads: int = 2
+    width: int = 16
+    batch_size: int = 16
+    answer_length: int = 8
+
+
+def test_the_study_of_a_small_job_fills_all_tables_and_repeats_no_run(study, monkeypatch, tmp_path):
+    small = dict(RUNS=tmp_path / "runs", RESULTS=tmp_path, SEEDS=(1,), PAIRS=(20, 40), ANSWERS=80)
+    small |= dict(PROMPTS=2, SAMPLES=8, NUMBERS=[1, 2, 4])
+    small["PENALTIES"] = {beta: study.PENALTIES[beta] for beta in ("beta 0", "beta 0.1")}
+    for name, value in small.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study.rlhf, "Args", Small)
+    jobs = [job for stage in study.missing() for job in stage]
+    assert len(jobs) == 2 + 2 * 2 + len(study.SLOW | study.HELD)
+    tables = {}
+    for function, *inputs in jobs:
+        for name, rows in function(*inputs).items():
+            study.write(name, rows)
+            tables[*inputs, name] = rows
+    assert list(study.missing()) == []
+    again = study.optimise("beta 0.1", 1, 20)  # its run is there: as if only the row had not been written
+    assert again["curves"] == tables["beta 0.1", 1, 20, "curves"]
+    (ppo,), (best,) = study.points("beta 0.1", 20), study.points("best of n", 20)
+    assert ppo.shape == (5, 3) and ppo[0, 0] == pytest.approx(0, abs=1e-4) and ppo[-1, 0] > 0
+    assert best[0] == pytest.approx(0) and best[1, 1] > 0  # the better of two has gained
+    lines = "\n".join(study.report())
+    assert "nan" not in lines and lines.count("| beta 0 |") == 4 and lines.count("What now?") > 0
+
+
+def test_the_tables_in_the_readme_are_what_the_results_give(study):
+    lines = study.report()
+    written = (ROOT / "benchmarks" / "results" / "overoptimisation.md").read_text()
+    section = (ROOT / "README.md").read_text().split("\n### Over-optimisation\n")[1].split("\n### ")[0]
+    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    assert lines == written.splitlines()
+    assert len(quoted) > 20 and not [line for line in quoted if line not in lines]
