@@ -8,18 +8,20 @@ under several penalties and under none; best-of-n takes of n answers of the SFT 
 model likes best. Then variants of PPO that are held at one KL. All runs of a seed have the same SFT model.
 
 A run has one thread, and there are as many at once as there are cores. One that was interrupted goes on from
-its checkpoint in runs/overoptimisation; one that is in results/overoptimisation_*.csv is not repeated.
+its checkpoint in runs/overoptimisation; one that is in results/overoptimisation_*.csv is not repeated. To
+repeat it, delete its rows. After a change of this file delete both.
 """
 
 import copy
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,7 +35,8 @@ rlhf = load("ppo_rlhf_llm")
 RUNS = ROOT / "runs" / "overoptimisation"
 SEEDS, PAIRS = (1, 2, 3), (20, 200, 2500)
 ANSWERS = 3200  # of a run
-PROMPTS, SAMPLES = 48, 512  # best-of-n: held-out prompts, answers to each
+SFT_ANSWERS = 2048  # to prompts of PPO, from which its gains are counted
+PROMPTS, SAMPLES = 48, 512  # best-of-n: prompts, answers to each
 NUMBERS = [2**k for k in range(9)]  # n
 SAID = 10  # answers that are shown
 PENALTIES = {
@@ -41,8 +44,8 @@ PENALTIES = {
     f"beta {beta:g}": dict(kl_coef=beta, kl_target=None, learning_rate=1e-4, anneal_lr=False)
     for beta in (0.0, 0.01, 0.03, 0.1)
 }
-NONE, BEST = "beta 0", "best of n"
-SLOW = {"beta 0, a quarter of the step size": PENALTIES[NONE] | {"learning_rate": 2.5e-5}}
+NO_PENALTY, BEST = "beta 0", "best of n"
+SLOW = {"beta 0, a quarter of the step size": PENALTIES[NO_PENALTY] | {"learning_rate": 2.5e-5}}
 HELD = {  # at 3 nats, by the controller
     "as shipped": {},
     "the whole answer is one action": dict(action_level="sequence"),
@@ -52,8 +55,9 @@ HELD = {  # at 3 nats, by the controller
 }
 VARIANTS = PENALTIES | SLOW | HELD
 COLUMNS = {
-    "curves": ["variant", "seed", "pairs", "answers", "kl", "score", "gold"],
-    "best_of_n": ["seed", "pairs", "agreement", "n", "kl", "score", "gold", "deviation"],
+    "sft": ["seed", "pairs", "agreement", "score", "gold", "gold_deviation"],
+    "best_of_n": ["seed", "pairs", "n", "kl", "score", "gold"],
+    "curves": ["variant", "seed", "pairs", "iteration", "kl", "score", "gold"],
     "says": ["pairs", "prompt", "sft", "ppo", "sft_score", "ppo_score", "sft_gold", "ppo_gold"],
 }
 
@@ -67,7 +71,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
         return {}
     found = {}
     writer = SimpleNamespace(log_dir=RUNS, add_scalar=lambda tag, value, step: found.update({tag: value}))
-    args = rlhf.Args(seed=seed, total_episodes=ANSWERS)
+    args = rlhf.Args(seed=seed, total_episodes=ANSWERS, eval_prompts=SAID)
     torch.manual_seed(rlhf.derive_seed(seed))
     models = rlhf.Models(args)
     data = rlhf.load_data(models)
@@ -78,8 +82,8 @@ def learn_rewards(seed: int) -> dict[str, list]:
         folder = RUNS / f"reward-{seed}-{pairs}"
         folder.mkdir(parents=True, exist_ok=True)
         models.load_state_dict(sft)
-        # what is rare is seen more often; eight times are enough for it
-        models.args = replace(args, num_pairs=pairs, reward_model_epochs=min(8, max(PAIRS) // pairs))
+        # the fewer, the more often each is seen, so that all reward models see about as many in all
+        models.args = replace(args, num_pairs=pairs, reward_model_epochs=max(PAIRS) // pairs)
         torch.manual_seed(rlhf.derive_seed(seed, 2))
         end = rlhf.learn_reward(models, data, writer, step)
         (folder / "agreement").write_text(f"{found['reward_model/accuracy']:.4f}")
@@ -108,8 +112,8 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
     curve = []
     for k, metrics in enumerate(history):
         numbers = [f"{metrics[f'rlhf/{name}']:.4g}" for name in ("kl", "score", "gold")]
-        curve.append([variant, seed, pairs, (k + 1) * rlhf.Args.batch_size, *numbers])
-    if (variant, seed) != (NONE, SEEDS[0]):
+        curve.append([variant, seed, pairs, k, *numbers])
+    if (variant, seed) != (NO_PENALTY, SEEDS[0]):  # the answers of one run are enough to be shown
         return {"curves": curve}
     _, models, _ = load_run(folder)
     _, rows = rlhf.evaluate(models, rlhf.load_data(models))
@@ -118,27 +122,34 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
 
 
 def best_of_n(seed: int) -> dict[str, list]:
-    """Answers of the SFT model, and what each reward model would have chosen among n of them."""
-    rows, answers, gold = [], [], []
+    """Answers of the SFT model, and what each reward model would have chosen among n of them.
+
+    Besides, what each thinks of one answer to prompts of PPO: from there gains are counted.
+    """
+    rows, sft_rows, answers, gold = [], [], [], []
     for pairs in PAIRS:
         folder = RUNS / f"reward-{seed}-{pairs}"
         _, models, _ = load_run(folder)
         if not answers:
             data = rlhf.load_data(models)
             torch.manual_seed(rlhf.derive_seed(seed, 4))
-            for prompt in data.held_out_prompts[:PROMPTS]:
-                for asked in rlhf.chunks([prompt] * SAMPLES, 128):
-                    ids, attention, mask, _ = rlhf.generate(models, models.reference, asked)
-                    answers.append((ids, attention, mask))
-                    gold += [data.labeller(prompt, text) for text in rlhf.decode(models, ids, mask)]
+            prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (SFT_ANSWERS,)).tolist()]
+            prompts += [prompt for prompt in data.held_out_prompts[:PROMPTS] for _ in range(SAMPLES)]
+            for asked in rlhf.chunks(prompts, 128):
+                ids, attention, mask, _ = rlhf.generate(models, models.reference, asked)
+                answers.append((ids, attention, mask))
+                gold += map(data.labeller, asked, rlhf.decode(models, ids, mask))
+            gold = np.array(gold)
         with torch.no_grad():
             scores = [rlhf.at_end(models.prefix_scores(i, a, m.shape[1]), m) for i, a, m in answers]
-        scores, gold = (np.reshape(x, (-1, SAMPLES)) for x in (torch.cat(scores).numpy(), gold))
+        sft, many = np.split(np.stack((torch.cat(scores).numpy(), gold)), [SFT_ANSWERS], axis=1)
+        numbers = (*sft.mean(1), sft[1].std())
         agreement = (folder / "agreement").read_text()
+        sft_rows.append([seed, pairs, agreement, *(f"{x:.4g}" for x in numbers)])
         for n in NUMBERS:
-            numbers = (best_of_n_kl(n), *expected_best(scores, gold, n), gold.std())
-            rows.append([seed, pairs, agreement, n, *(f"{x:.4g}" for x in numbers)])
-    return {"best_of_n": rows}
+            numbers = (best_of_n_kl(n), *expected_best(*many.reshape(2, PROMPTS, SAMPLES), n))
+            rows.append([seed, pairs, n, *(f"{x:.4g}" for x in numbers)])
+    return {"sft": sft_rows, "best_of_n": rows}
 
 
 def best_of_n_kl(n: int) -> float:
@@ -190,54 +201,61 @@ def missing() -> Iterator[list[tuple]]:
         yield jobs
 
 
-def quietly(function: Callable, *inputs) -> tuple[dict[str, list], str]:
+def quietly(job: tuple) -> tuple[dict[str, list], str]:
     """Calls a function in a process of the pool -> what it gives, and how long it took."""
-    torch.set_num_threads(1)
+    function, *inputs = job
     started = time.perf_counter()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         tables = function(*inputs)
     return tables, f"{function.__name__} {inputs}: {time.perf_counter() - started:.0f} s"
 
 
+def set_up_worker() -> None:
+    """One thread; and its end when the parent ends, however that does."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
 # ------------------------------------------------------------------------------------------ the report
 
 
-FORMS = {"PPO": np.log, BEST: np.asarray}  # d (alpha - beta log d), d (alpha - beta d)
+FORMS = {"PPO": np.log, BEST: lambda d: d}  # d (alpha - beta log d), d (alpha - beta d)
+BANDS = (1, 2, 4, 8, 16, 32, 64, math.inf)  # nats
 
 
 def points(way: str, pairs: int) -> list[np.ndarray]:
     """Of each seed KL, learned and gold, (rows, 3): a row for an iteration of PPO, or for a number n.
 
-    Both rewards as gains over the SFT model, in its standard deviations (the reward models' own unit).
+    Both rewards as gains over one answer of the SFT model to the same kind of prompt, in standard deviations
+    of the SFT model (the reward models' own unit).
     """
-    best, found = [row for row in read("best_of_n") if row["pairs"] == str(pairs)], []
-    rows = best
+    rows, found = read("best_of_n"), []
     if way != BEST:
-        rows = [row for row in read("curves") if (row["variant"], row["pairs"]) == (way, str(pairs))]
-    for seed in map(str, SEEDS):
-        sft = next(row for row in best if (row["seed"], row["n"]) == (seed, "1"))
-        numbers = [[float(row[x]) for x in ("kl", "score", "gold")] for row in rows if row["seed"] == seed]
-        gains = np.array(numbers) - (0.0, float(sft["score"]), float(sft["gold"]))
-        found.append(gains / (1.0, 1.0, float(sft["deviation"])))
+        rows = [row for row in read("curves") if row["variant"] == way]
+    sft = {(row["seed"], row["pairs"]): row for row in read("sft")}
+    for seed in SEEDS:
+        key = str(seed), str(pairs)
+        mine = [row for row in rows if (row["seed"], row["pairs"]) == key]
+        start = mine[0] if way == BEST else sft[key]
+        numbers = np.array([[float(row[x]) for x in ("kl", "score", "gold")] for row in mine])
+        gains = numbers - (0.0, float(start["score"]), float(start["gold"]))
+        found.append(gains / (1.0, 1.0, float(sft[key]["gold_deviation"])))
     return found
 
 
-def fit(d: np.ndarray, gain: np.ndarray, form: Callable) -> tuple[float, float, float]:
-    """Least squares of gain = d (alpha - beta form(d)) -> alpha, beta, root mean square of what is left."""
+def fit_form(d: np.ndarray, gain: np.ndarray, form: Callable) -> tuple[float, float, float]:
+    """Least squares of gain = d (alpha - beta form(d)) -> alpha, beta, standard deviation of the rest."""
     columns = np.stack((d, -d * form(d)), 1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain)
-    return alpha, beta, np.sqrt(np.mean((columns @ (alpha, beta) - gain) ** 2))
+    rest = gain - columns @ (alpha, beta)
+    return alpha, beta, np.sqrt((rest**2).sum() / (len(d) - 2))
 
 
-def fits(rows: np.ndarray) -> dict[str, tuple[float, float, float]]:
+def fit_gold(rows: np.ndarray) -> dict[str, tuple[float, float, float]]:
     """Both forms, fitted to the gold of points."""
     kl, _, gold = rows[rows[:, 0] > 0].T
-    return {way: fit(np.sqrt(kl), gold, form) for way, form in FORMS.items()}
-
-
-def smooth(x: np.ndarray, size: int = 5) -> np.ndarray:
-    """Means of so many neighbouring rows."""
-    return np.lib.stride_tricks.sliding_window_view(x, size, axis=0).mean(-1)
+    return {way: fit_form(np.sqrt(kl), gold, form) for way, form in FORMS.items()}
 
 
 def ends(way: str, pairs: int) -> np.ndarray:
@@ -245,14 +263,18 @@ def ends(way: str, pairs: int) -> np.ndarray:
     return np.array([rows[-10:].mean(0) for rows in points(way, pairs)])
 
 
-def highest(way: str, pairs: int) -> np.ndarray:
-    """KL, learned and gold of each seed where its gold is highest, means of five iterations, (seeds, 3)."""
-    return np.array([rows[rows[:, 2].argmax()] for rows in map(smooth, points(way, pairs))])
+def in_bands(way: str, pairs: int) -> list[str]:
+    """Learned and gold where the KL is in each band: means over iterations of all seeds, and their number."""
+    rows, cells = np.concatenate(points(way, pairs)), []
+    for low, high in itertools.pairwise(BANDS):
+        _, learned, gold = rows[(rows[:, 0] >= low) & (rows[:, 0] < high)].T
+        cells.append(f"{learned.mean():.2f}, **{gold.mean():.2f}** ({len(gold)})" if len(gold) > 2 else "")
+    return cells
 
 
-def table(title: str, columns: str, rows: list[list]) -> list[str]:
+def table(title: str, columns: list[str], rows: list[list]) -> list[str]:
     """Lines of Markdown; of an array the numbers of its seeds are joined."""
-    lines = ["", title, "", f"| {columns} |", "|-" * len(columns.split("|")) + "|"]
+    lines = ["", title, "", f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
     for row in rows:
         cells = [
             ", ".join(f"{x:.2f}" for x in cell) if isinstance(cell, np.ndarray) else cell for cell in row
@@ -263,45 +285,58 @@ def table(title: str, columns: str, rows: list[list]) -> list[str]:
 
 def report() -> list[str]:
     """The tables."""
-    lines = [
-        f"Gold and learned reward are gains over the SFT model, in its standard deviations. Seeds {SEEDS}."
-    ]
-    rows, best = [], read("best_of_n")
-    for pairs in PAIRS:
-        found = {row["seed"]: float(row["agreement"]) for row in best if row["pairs"] == str(pairs)}
-        rows.append([f"{pairs:,}", ", ".join(f"{found[str(seed)]:.1%}" for seed in SEEDS)])
-    lines += table("Reward models", "choices | agree with the labeller on 400 new ones", rows)
+    lines = ["Learned reward and gold are gains over the SFT model, in its standard deviations. Three seeds."]
+    sft = {(row["seed"], row["pairs"]): float(row["agreement"]) for row in read("sft")}
+    rows = [[f"{n:,}", ", ".join(f"{sft[str(seed), str(n)]:.1%}" for seed in SEEDS)] for n in PAIRS]
+    lines += table("Reward models", ["choices", "agreement with the labeller on 400 new ones"], rows)
 
     rows = []
     for pairs, way in itertools.product(PAIRS, (BEST, *PENALTIES)):
         form, other = (BEST, "PPO") if way == BEST else ("PPO", BEST)
-        alpha, beta, left = fits(np.concatenate(points(way, pairs)))[form]
-        alone = [(found[form][2], found[other][2]) for found in map(fits, points(way, pairs))]
-        rows.append([f"{pairs:,}", way, f"{alpha:.2f}", f"{beta:.2f}", f"{left:.2f}", *np.transpose(alone)])
-    title = "Gold as d (alpha - beta d) for best of n, as d (alpha - beta log d) for PPO; what is left over "
-    title += "(rms) of all seeds, of each seed fitted by itself, and of each seed by the other form"
-    lines += table(title, "choices | way | alpha | beta | left over | each seed | other form", rows)
+        together = fit_gold(np.concatenate(points(way, pairs)))[form]
+        alone = [(found[form][2], found[other][2]) for found in map(fit_gold, points(way, pairs))]
+        rows.append([f"{pairs:,}", way, *(f"{x:.2f}" for x in together), *np.transpose(alone)])
+    title = (
+        "Gold as d (alpha - beta d) for best of n and as d (alpha - beta log d) for PPO; deviations from it"
+    )
+    columns = [
+        "choices",
+        "way",
+        "alpha",
+        "beta",
+        "deviation, one fit",
+        "a fit for each seed",
+        "by the other form",
+    ]
+    lines += table(title, columns, rows)
 
-    rows = []
-    for pairs, way in [*itertools.product(PAIRS, PENALTIES), *itertools.product(PAIRS[-1:], SLOW)]:
-        kl, _, gold = highest(way, pairs).T
-        rows.append([f"{pairs:,}", way, *ends(way, pairs).T, gold, kl])
-    title = "PPO: the last ten iterations, and where gold was highest (mean of five iterations)"
-    lines += table(title, "choices | way | KL | learned | gold | highest gold | at a KL of", rows)
+    wanted = [*itertools.product(PAIRS, PENALTIES), *itertools.product(PAIRS[-1:], SLOW)]
+    rows = [[f"{pairs:,}", way, *in_bands(way, pairs)] for pairs, way in wanted]
+    title = "PPO: learned reward, **gold** and (number of iterations) where the KL is so many nats"
+    columns = [f"{low} to {high}" for low, high in itertools.pairwise(BANDS)]
+    lines += table(title, ["choices", "way", *columns[:-1], f"above {BANDS[-2]}"], rows)
+
+    rows = [[f"{pairs:,}", way, *ends(way, pairs).T] for pairs, way in wanted]
+    lines += table("PPO: the last ten iterations", ["choices", "way", "KL", "learned", "gold"], rows)
 
     rows = [[way, *ends(way, PAIRS[-1]).T, f"{ends(way, PAIRS[-1])[:, 2].mean():.2f}"] for way in HELD]
     title = f"PPO held at 3 nats, {PAIRS[-1]:,} choices: the last ten iterations"
-    lines += table(title, "way | KL | learned | gold | mean gold", rows)
+    lines += table(title, ["way", "KL", "learned", "gold", "mean gold"], rows)
 
     for pairs in PAIRS:
         said = [row for row in read("says") if row["pairs"] == str(pairs)][:SAID]
         names = ("prompt", "sft", "sft_score", "sft_gold", "ppo", "ppo_score", "ppo_gold")
         rows = [[" ".join(row[name].replace("|", "/").split()) for name in names] for row in said]
         title = (
-            f"{NONE}, {pairs:,} choices, seed {SEEDS[0]}: first {SAID} held-out prompts; rewards, not gains"
+            f"{NO_PENALTY}, {pairs:,} choices, seed {SEEDS[0]}: {SAID} held-out prompts, rewards themselves"
         )
-        lines += table(title, "prompt | SFT model | learned | gold | PPO | learned | gold", rows)
+        lines += table(title, ["prompt", "SFT model", "learned", "gold", "PPO", "learned", "gold"], rows)
     return lines
+
+
+def smooth(rows: np.ndarray, reach: int = 2) -> np.ndarray:
+    """Means over so many rows to either side."""
+    return np.array([rows[max(0, k - reach) : k + reach + 1].mean(0) for k in range(len(rows))])
 
 
 def draw() -> None:
@@ -311,36 +346,32 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        3, len(PAIRS), figsize=(11, 10), sharex="row", sharey="row", layout="constrained"
-    )
+    size = dict(figsize=(11, 10), sharex="row", sharey="row", layout="constrained")
+    figure, panels = plt.subplots(3, len(PAIRS), **size)
     colors = {way: f"C{k}" for k, way in enumerate([*PENALTIES, BEST])}
-    for (above, middle, below), pairs in zip(panels.T, PAIRS, strict=True):
-        above.set_title(f"reward model from {pairs:,} choices", fontsize=10)
+    for (far, best, near), pairs in zip(panels.T, PAIRS, strict=True):
+        far.set_title(f"reward model from {pairs:,} choices", fontsize=10)
         for way, color in colors.items():
             for rows in points(way, pairs):
                 kl, learned, gold = (rows if way == BEST else smooth(rows)).T
-                wide = middle if way == BEST else above
-                wide.plot(np.sqrt(kl), learned, ":", color=color, linewidth=1)
-                wide.plot(np.sqrt(kl), gold, color=color, linewidth=1)
-                below.plot(np.sqrt(kl), gold, color=color, linewidth=1)
-        for panel, way, form in ((above, NONE, "PPO"), (middle, BEST, BEST)):
-            alpha, beta, _ = fits(np.concatenate(points(way, pairs)))[form]
-            d = np.linspace(0.01, math.sqrt(np.concatenate(points(way, pairs))[:, 0].max()), 200)
+                for panel in (best if way == BEST else far, near):
+                    panel.plot(np.sqrt(kl), learned, ":", color=color, linewidth=1)
+                    panel.plot(np.sqrt(kl), gold, color=color, linewidth=1)
+        for panel, way, form in ((far, NO_PENALTY, "PPO"), (best, BEST, BEST)):
+            rows = np.concatenate(points(way, pairs))
+            alpha, beta, _ = fit_gold(rows)[form]
+            d = np.linspace(0.01, np.sqrt(rows[:, 0].max()), 200)
             panel.plot(d, d * (alpha - beta * FORMS[form](d)), color="black", linewidth=1, zorder=0)
-        for panel in (above, middle, below):
+        for panel in (far, best, near):
             panel.grid(alpha=0.3)
-    below.set(xlim=(0, 4), ylim=(-1, 1.8))
-    names = [way if way == BEST else f"PPO, {way}" for way in colors]
-    handles = [
-        plt.Line2D([], [], color=colors[way], label=name) for way, name in zip(colors, names, strict=True)
-    ]
-    looks = {"gold": "-", "learned reward": ":"}
-    handles += [plt.Line2D([], [], color="grey", linestyle=x, label=name) for name, x in looks.items()]
-    handles.append(plt.Line2D([], [], color="black", label="fitted form"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=8, fontsize=8)
-    for panel, label in zip(panels[:, 0], ("PPO", BEST, "gold of all, nearer"), strict=True):
+    near.set(xlim=(0, 4), ylim=(-1, 2))
+    for panel, label in zip(panels[:, 0], ("PPO", BEST, "all, up to d = 4"), strict=True):
         panel.set_ylabel(label)
+    names = [way if way == BEST else f"PPO, {way}" for way in colors]
+    looks = [dict(color=color, label=name) for color, name in zip(colors.values(), names, strict=True)]
+    looks += [dict(color="grey", label="gold"), dict(color="grey", label="learned reward", linestyle=":")]
+    handles = [plt.Line2D([], [], **look) for look in (*looks, dict(color="black", label="fitted form"))]
+    figure.legend(handles=handles, loc="outside upper center", ncols=8, fontsize=8)
     figure.supylabel("gain over the SFT model, in its standard deviations", fontsize=10)
     figure.supxlabel("d, the square root of the KL to the SFT model in nats", fontsize=10)
     figure.savefig(RESULTS / "overoptimisation.png", dpi=80)
@@ -348,16 +379,15 @@ def draw() -> None:
 
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with multiprocessing.Pool(os.cpu_count(), set_up_worker) as pool:
         for jobs in missing():
-            for future in as_completed([pool.submit(quietly, *job) for job in jobs]):
-                tables, told = future.result()
+            for tables, told in pool.imap_unordered(quietly, jobs):
                 for name, rows in tables.items():
                     write(name, rows)
                 print(told, flush=True)
-    shutil.rmtree(RUNS)
     (RESULTS / "overoptimisation.md").write_text("\n".join(report()) + "\n")
     draw()
+    shutil.rmtree(RUNS)
 
 
 if __name__ == "__main__":
