@@ -33,7 +33,6 @@ on the right, so that every answer begins in column P. Answer token t is drawn a
 (In functions shared with the other scripts T is L, and A is V.)
 """
 
-import argparse
 import copy
 import dataclasses
 import importlib
@@ -44,9 +43,7 @@ import math
 import os
 import random
 import re
-import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +166,7 @@ class Args:
     bf16: bool = False
     """bfloat16 on the CPU, too: faster where the processor has it"""
     run_dir: str | None = None
-    """folder of the run (None: runs/{run_name}__{script}__{seed}__{time})"""
+    """run folder (None: runs/gpt__{script}__{seed}__{time})"""
     checkpoint_every: int | None = None
     """iterations of stage 3 between checkpoints (None: a tenth of it)"""
     track: bool = False
@@ -180,10 +177,6 @@ class Args:
     """run folder whose saved policy answers, without training"""
     generate: str | None = None
     """beside --evaluate: a prompt to answer, instead of the evaluation"""
-
-    @property
-    def run_name(self) -> str:
-        return "gpt"
 
     @property
     def own_data(self) -> bool:
@@ -259,25 +252,17 @@ class Args:
 # ------------------------------------------------------------------------------------------ the maths
 
 
-def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminations: Tensor,
-    truncations: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    """Truncated generalised advantage estimation (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
+    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), all (T, N).
 
-    Row t is transition t, next_values[t] is V of its true successor. A termination is death: no future, so
-    no gamma * V(successor). A truncation (a time limit) is not: there is a future, only it was not played,
-    so V(successor) stands for it. After either another episode begins, from which no credit flows back.
+    Row t is transition t, and next_values[t] is V of its successor. A termination has no future: its value
+    is not bootstrapped. A truncation, such as a time limit, has a future that was not played: V(successor)
+    estimates it. No credit flows back over either kind of end.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
     decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
-    # T steps over N numbers each: numpy is several times faster here than tensors are on any device
+    # a loop over T with N numbers each: NumPy is several times faster than tensors on any device
     deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
     advantages, advantage = np.empty_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
@@ -287,23 +272,22 @@ def compute_gae(
 
 
 def normalize(x: Tensor) -> Tensor:
-    """x shifted and scaled to mean 0 and standard deviation 1."""
+    """Shift and scale x to mean 0 and standard deviation 1."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
-def clipped_policy_loss(
-    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef: float
-) -> Tensor:
-    """Per-element -L^CLIP (PPO eq. 7), to minimise. All (B,); log-probabilities in nats."""
+def clipped_policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_coef) -> Tensor:
+    """Compute -L^CLIP (PPO eq. 7) of each element, to minimise. All (B,); log-probabilities in nats."""
     ratio = torch.exp(new_logprobs - old_logprobs)
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped_ratio * advantages)
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Per-element 0.5 * squared error, to minimise. All (B,); clip_coef None: not clipped.
+    """Compute 0.5 * squared error of each element, to minimise. All (B,); clip_coef None: not clipped.
 
-    not in the paper: moving farther than clip_coef from old_values gains nothing (openai/baselines).
+    not in the paper: clipping removes the gain of moving further than clip_coef from old_values
+    (openai/baselines).
     """
     loss = 0.5 * (new_values - returns) ** 2
     if clip_coef is None:
@@ -318,7 +302,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def categorical_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(softmax(logits), softmax(ref_logits)) in nats, exact. (..., A), (..., A) -> (...)."""
+    """Compute KL(softmax(logits), softmax(ref_logits)) in nats, exactly. (..., A), (..., A) -> (...)."""
     logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
 
@@ -373,21 +357,21 @@ def per_action(x: Tensor, mask: Tensor, action_level: str) -> Tensor:
 
 
 def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """KL(old, new) in nats from samples of old: mean of (r - 1) - log r, r = new / old; never negative.
+    """Estimate KL(old, new) in nats from samples of old: the mean of (r - 1) - log r with r = new / old.
 
-    Estimator k3 of http://joschu.net/blog/kl-approx.html.
+    Estimator k3 of http://joschu.net/blog/kl-approx.html, which is never negative.
     """
     logratio = new_logprobs - old_logprobs
     return (torch.expm1(logratio) - logratio).mean()
 
 
 def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) -> Tensor:
-    """Share of the ratios that lie outside 1 - clip_coef to 1 + clip_coef."""
+    """Compute the fraction of ratios outside [1 - clip_coef, 1 + clip_coef]."""
     return ((torch.exp(new_logprobs - old_logprobs) - 1).abs() > clip_coef).float().mean()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 as good as a constant. (B,), (B,) -> ()."""
+    """Compute 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is as good as a constant."""
     return 1 - (returns - values).var() / returns.var()
 
 
@@ -842,7 +826,7 @@ def load_data(models: Models) -> Data:
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed from a tuple of numbers; other tuples, of other lengths too, give unrelated seeds."""
+    """Derive a 32-bit seed from integers; different keys, also of different lengths, give unrelated seeds."""
     return int(np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1)[0])
 
 
@@ -922,7 +906,7 @@ def at_end(prefix_scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, ...]]:
-    """Rows (B, ...), shuffled anew for each of the epochs and cut into minibatches of this size."""
+    """Yield minibatches of tensors (B, ...), whose rows are shuffled anew in each epoch."""
     for _ in range(epochs):
         shuffle = torch.randperm(len(rows[0]), device=rows[0].device)
         yield from zip(*(x[shuffle].split(size) for x in rows), strict=True)
@@ -1340,7 +1324,13 @@ FREE_OPTIONS = {"resume", "evaluate", "generate", "eval_prompts", "track"}
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; main() tells it in one line and exits with code 2."""
+    """A mistake of the user, which main() prints as one line."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def check_trap(trap: str, difference: Tensor, limit: float = 1e-3) -> None:
@@ -1487,17 +1477,18 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         if checkpoint["iteration"] == args.num_iterations:
             print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
         return Path(args.resume), checkpoint
-    now = total(torch.tensor(time.time(), dtype=torch.float64)) / WORLD_SIZE  # the same in all processes
-    run_dir = Path(args.run_dir or f"runs/{args.run_name}__{SCRIPT}__{args.seed}__{int(now)}")
+    run_dir = Path(args.run_dir or new_run_dir(args))
     if RANK > 0:
         return run_dir, None
     if (run_dir / "checkpoint.pt").exists():
         raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))  # no two runs in a folder that nobody named
-    except OSError as error:
-        raise UserError(f"cannot make the folder {run_dir}: {error.strerror}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir, None
+
+
+def new_run_dir(args: Args) -> str:
+    """Name a run folder; nanoseconds, so that runs which start together get different ones."""
+    return f"runs/gpt__{SCRIPT}__{args.seed}__{time.time_ns()}"
 
 
 def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
@@ -1509,7 +1500,11 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
             import wandb
         except ImportError as error:
             raise UserError("--track needs Weights & Biases: pip install wandb") from error
-        wandb.init(id=run_dir.name, resume="allow", dir=run_dir, config=vars(args), sync_tensorboard=True)
+        id_file = run_dir / "wandb_id"  # a resumed run goes on under the same id
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        names = dict(id=id_file.read_text(), name=str(run_dir), dir=run_dir)
+        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
     if resumed_at is None:
         options = {name: value for name, value in vars(args).items() if value is not None}
@@ -1562,20 +1557,15 @@ def save_policy(models: Models, folder: Path) -> None:
 
 
 def load_checkpoint(run_dir: str | Path) -> dict:
-    """Reads run_dir/checkpoint.pt with weights_only=True, so nothing in it can execute."""
+    """Load run_dir/checkpoint.pt, executing nothing in it. Raises UserError if it is not usable."""
     path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile(damaged)
+            damaged = archive.testzip()  # torch.load does not verify checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, version = checkpoint["script"], checkpoint["format"]
-    except Exception as error:  # whatever a file from outside can make of zipfile and torch
-        raise UserError(f"{path} is damaged, or no checkpoint of {SCRIPT}.py") from error
-    if (script, version) != (SCRIPT, FORMAT):
-        raise UserError(f"{path} is of {script}.py, format {version}; this is {SCRIPT}.py, format {FORMAT}")
+        require(not damaged and (checkpoint["script"], checkpoint["format"]) == (SCRIPT, FORMAT), "")
+    except Exception as error:  # zipfile and torch raise many kinds for files that are not theirs
+        raise UserError(f"{path} is missing, damaged or not of {SCRIPT}.py, format {FORMAT}") from error
     return checkpoint
 
 
@@ -1589,23 +1579,17 @@ def load_args(run_dir: str | Path) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. Beside --resume or --evaluate the defaults are what the run was trained with."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--resume")
-    early.add_argument("--evaluate")
-    known, _ = early.parse_known_args()
-    run_dir = known.resume or known.evaluate
-    return tyro.cli(Args, default=load_args(run_dir) if run_dir else None)
+    """Parse the command line. The options of a saved run are the defaults beside --resume and --evaluate."""
+    args = tyro.cli(Args)
+    if saved := args.resume or args.evaluate:
+        return tyro.cli(Args, default=Args(**load_checkpoint(saved)["args"]))
+    args.run_dir = args.run_dir or new_run_dir(args)
+    return args
 
 
 def main() -> None:
-    """Trains or evaluates as the command line says; tells a user's errors in one line."""
+    """Run the command line. Mistakes of the user are told in one line, with exit code 2."""
     try:
-        if os.name == "posix" and WORLD_SIZE == 1:  # SIGTERM is as Ctrl-C
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # TensorBoard's thread tells of a full disk at length, and then the next flush raises it here
-        known = "_AsyncWriterThread"
-        threading.excepthook = lambda x: type(x.thread).__name__ == known or threading.__excepthook__(x)
         args = parse_args()
         if args.evaluate and WORLD_SIZE > 1:
             raise UserError("--evaluate needs no more than one process: start it without torchrun")
@@ -1627,14 +1611,11 @@ def main() -> None:
             train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if RANK > 0:
-            os._exit(0)  # gloo's threads can crash an interpreter that ends as others do
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write("stopped; --resume RUN_DIR continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(f"stopped; --resume {args.resume or args.run_dir} continues from the last checkpoint")
 
 
 if __name__ == "__main__":

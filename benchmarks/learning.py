@@ -30,7 +30,7 @@ STEPS = {  # of a script, or of a task; all others: 300,000
 }
 OPTIONS = {  # all others: the defaults
     # Table 5 of the paper, but faster, for a fiftieth of its steps
-    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-coef 0.1"
+    "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-coef 0.1 --clip-reward"
 }
 TASKS = {
     "ppo_continuous": [

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -66,15 +66,20 @@ def action_space(ppo) -> gym.Space:
     return gym.spaces.Discrete(3) if discrete(ppo) else gym.spaces.Box(-1, 1, (2,), np.float32)
 
 
+def bounds(space: gym.Space) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest action of a Box or Discrete, as Agent takes them."""
+    if isinstance(space, gym.spaces.Discrete):
+        return torch.tensor(int(space.start)), torch.tensor(int(space.start + space.n - 1))
+    return torch.as_tensor(space.low), torch.as_tensor(space.high)
+
+
 def make_agent(ppo, norm_obs: bool = True):
     """An agent for three numbers observed and action_space(ppo)."""
     torch.manual_seed(0)
     args, space = ppo.Args(norm_obs=norm_obs), action_space(ppo)
     if hasattr(ppo, "action_layout"):
         return ppo.Agent((3,), *ppo.action_layout(space), args)
-    if hasattr(ppo, "action_bounds"):
-        return ppo.Agent(3, *ppo.action_bounds(space), args)
-    return ppo.Agent(3, torch.as_tensor(space.low), torch.as_tensor(space.high), args)
+    return ppo.Agent(3, *bounds(space), args)
 
 
 def curve(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -101,7 +106,7 @@ def small(ppo, run_dir: Path, **options):
 def resumed(ppo, run_dir: Path, **changes):
     """Goes on with a run in a later second: TensorBoard reads event files by the second in their names."""
     time.sleep(1 - time.time() % 1)
-    return ppo.train(replace(ppo.load_args(run_dir), resume=str(run_dir), **changes))
+    return ppo.train(ppo.Args(**ppo.load_checkpoint(run_dir)["args"] | {"resume": str(run_dir)} | changes))
 
 
 def by_name(agent, vector: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -265,7 +270,7 @@ class Faulty(Counter):
         super().__init__(discrete)
         if fault == "leaves":
             self.observation_space = gym.spaces.Discrete(3)
-        worker = multiprocessing.current_process().name.partition("Worker<Workers>-")[2]
+        worker = multiprocessing.current_process().name.partition("Worker<AsyncVectorEnv>-")[2]
         self.fault, self.fails = fault, (worker or str(Faulty.made)) == str(which)
         Faulty.made += 1
 
@@ -290,7 +295,7 @@ class Faulty(Counter):
             obs = np.zeros(2, np.float32)
         if failing and self.fault == "is no array":
             obs = {"obs": obs}
-        if failing and self.fault.startswith("next_obs "):
+        if failing and self.fault.startswith("obs "):
             obs = np.full(1, float(self.fault.split()[1]), np.float32)
         if failing and self.fault.startswith("reward "):
             reward = float(self.fault.split()[1])

@@ -4,11 +4,12 @@ import re
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import ROOT, action_space, control, discrete, probe, register, scripts_with, small
+from suite import ROOT, action_space, control, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -40,35 +41,30 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            "--num-minibatches 5",
-            "2048 does not divide into --num-minibatches 5 of two rows or more; 4 or 8 would",
-        ),
-        ("--num-minibatches 4096", "--num-minibatches 4096 of two rows or more; 512 or 1024 would do"),
-        ("--num-minibatches 2048", "--num-minibatches 2048 of two rows or more; 512 or 1024 would do"),
-        ("--total-timesteps 100", "--total-timesteps is less than one rollout, num_envs * num_steps = 2048"),
-        ("--total-timesteps 0", "--total-timesteps is 0; it must lie between 1 and 9e+18"),
-        ("--learning-rate nan", "--learning-rate is nan; it must lie between 1e-12 and 1"),
-        ("--gamma 1.5", "--gamma is 1.5; it must lie between 0 and 1"),
-        ("--gae-lambda -0.1", "--gae-lambda is -0.1; it must lie between 0 and 1"),
-        ("--target-kl 0", "--target-kl is 0.0; it must lie between 1e-12 and inf"),
-        ("--num-envs 0", "--num-envs is 0; it must lie between 1 and 9e+18"),
-        ("--update-epochs 0", "--update-epochs is 0; it must lie between 1 and 9e+18"),
-        ("--eval-episodes 0", "--eval-episodes is 0; it must lie between 1 and 9e+18"),
-        ("--checkpoint-every 0", "--checkpoint-every is 0; it must lie between 1 and 9e+18"),
-        ("--seed -1", "--seed is -1; it must lie between 0 and 9e+18"),
-        (f"--total-timesteps {10**30}", "it must lie between 1 and 9e+18"),  # TensorBoard counts no further
+        ("--num-minibatches 5", "num_envs * num_steps = 2048 does not make 5 minibatches; [4, 8] would do"),
+        ("--num-minibatches 0", "num_envs * num_steps = 2048 does not make 0 minibatches"),
+        ("--num-minibatches 4096", "does not make 4096 minibatches; [1024, 512] would do"),
+        ("--num-minibatches 2048", "does not make 2048 minibatches; [1024, 512] would do"),  # of one row
+        ("--total-timesteps 100", "--total-timesteps is less than a rollout, 2048"),
+        ("--total-timesteps 0", "--total-timesteps is less than a rollout, 2048"),
+        ("--learning-rate nan", "learning_rate is nan; it must be positive"),
+        ("--gamma 1.5", "gamma is 1.5; it must lie in [0, 1]"),
+        ("--gae-lambda -0.1", "gae_lambda is -0.1; it must lie in [0, 1]"),
+        ("--num-envs 0", "num_envs * num_steps = 0 does not make"),
+        ("--update-epochs 0", "update_epochs is 0; it must be positive"),
+        ("--eval-episodes 0", "eval_episodes is 0; it must be positive"),
+        ("--seed -1", "seed is -1; it must not be negative"),
         ("--seed one", "invalid literal for int"),
         ("--no-such-option 1", "no-such-option"),
-        ("--resume nowhere", "nowhere/checkpoint.pt does not exist"),
-        ("--evaluate nowhere", "nowhere/checkpoint.pt does not exist"),
+        ("--resume nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
+        ("--evaluate nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
+        ("--init-from nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
         ("--env-id Pendulum-v7", "Environment version `v7` for environment `Pendulum` doesn't exist"),
         ("--env-id Pendulumm-v1", "Did you mean: `Pendulum`?"),
-        ("--env-id nonsense", "nonsense: Environment `nonsense` doesn't exist"),
-        ("--env-id not/an/id", "not/an/id: Malformed environment ID"),
+        ("--env-id nonsense", "Environment `nonsense` doesn't exist"),
+        ("--env-id not/an/id", "Malformed environment ID: not/an/id"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
-        ("--env-id a:b:c", "a:b:c: "),
-        ("--resume=", "--resume is ''; it must be str or NoneType"),
+        ("--resume=", "a run folder is empty"),  # as with an unset variable in a shell script
     ],
 )
 def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -91,55 +87,51 @@ class TestTasks:
         said = self.refused(ppo, monkeypatch, capsys, tmp_path, "HalfCheetah-v5")
         assert 'pip install "gymnasium[mujoco]"' in said
 
-    @pytest.mark.filterwarnings("ignore:.*render_mode")
-    def test_a_task_that_cannot_be_filmed_is_told_before_training(self, ppo, monkeypatch, capsys, tmp_path):
-        pytest.importorskip("moviepy", reason="filming needs requirements-extra.txt")
-        monkeypatch.chdir(tmp_path)
-        env_id = register("Spaces", observation_space=BOX, action_space=action_space(ppo))
-        assert env_id in refusal(ppo, monkeypatch, capsys, "--env-id", env_id, "--capture-video")
-        assert not list(tmp_path.iterdir())
-
     def test_observations_that_do_not_flatten(self, ppo, monkeypatch, capsys, tmp_path):
         space = spaces.Sequence(BOX)
         env_id = register("Spaces", observation_space=space, action_space=action_space(ppo))
-        assert "which do not flatten" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+        assert "does not flatten to a vector" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
 
     def test_a_task_for_another_script_comes_with_its_name(self, ppo, monkeypatch, capsys, tmp_path):
-        both = spaces.MultiDiscrete([2, 3])  # one component is too few for ppo_discrete.py alone
-        task = register("Spaces", observation_space=BOX, action_space=both)
-        other = f"ppo_discrete.py --env-id {task}"
-        if not hasattr(ppo, "action_bounds"):  # for one kind of action
-            task = "Pendulum-v1" if discrete(ppo) else "CartPole-v1"
-            other = f"{'ppo_continuous' if discrete(ppo) else 'ppo_discrete'}.py --env-id {task}"
-        assert f"try python {other}" in self.refused(ppo, monkeypatch, capsys, tmp_path, task)
+        several = spaces.MultiDiscrete([2, 3]) if ppo.__name__ != "ppo_discrete" else BOX
+        task = register("Spaces", observation_space=BOX, action_space=several)
+        other = "ppo_continuous.py" if ppo.__name__ == "ppo_discrete" else "ppo_discrete.py"
+        assert other in self.refused(ppo, monkeypatch, capsys, tmp_path, task)
+
+    @pytest.mark.parametrize(
+        "space",
+        [spaces.Box(0, 5, (2,), np.int64), spaces.Tuple((BOX, BOX)), spaces.Dict(a=BOX)],
+        ids=lambda space: type(space).__name__,
+    )
+    def test_actions_that_no_script_takes_come_with_what_to_use(
+        self, ppo, monkeypatch, capsys, tmp_path, space
+    ):
+        env_id = register("Spaces", observation_space=BOX, action_space=space)
+        said = self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+        assert f"has actions {space}" in said and "a gymnasium.ActionWrapper" in said
 
 
 @scripts_with("gaussian_logprobs")
 class TestBoxTasks:
     refused = TestTasks.refused
 
-    def test_actions_that_are_whole_numbers(self, ppo, monkeypatch, capsys, tmp_path):
-        space = spaces.Box(0, 5, (2,), np.int64)
-        env_id = register("Spaces", observation_space=BOX, action_space=space)
-        assert "a Box of real numbers" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
-
     def test_images_in_a_script_without_a_network_for_them(self, ppo, monkeypatch, capsys, tmp_path):
         images = spaces.Box(0, 255, (96, 96, 3), np.uint8)
         env_id = register("Spaces", observation_space=images, action_space=BOX)
-        assert "only ppo_discrete.py" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+        assert "has images; see ppo_discrete.py" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
 
 
 @control
 class TestRuns:
     def test_cuda_without_a_gpu_is_refused(self, ppo, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "--cuda needs a GPU, and torch finds none here" in refusal(ppo, monkeypatch, capsys, "--cuda")
+        assert "--cuda needs a GPU" in refusal(ppo, monkeypatch, capsys, "--cuda")
 
     def test_a_run_folder_in_use_is_not_overwritten(self, ppo, monkeypatch, capsys, run_dir):
         ppo.train(small(ppo, run_dir))
         capsys.readouterr()
         said = refusal(ppo, monkeypatch, capsys, "--run-dir", run_dir)
-        assert f"{run_dir} holds a run already: --resume {run_dir}" in said
+        assert f"{run_dir} contains a run: use --resume {run_dir}" in said
 
     def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_stays(
         self, ppo, monkeypatch, capsys, run_dir
@@ -150,7 +142,7 @@ class TestRuns:
         def full(*_):
             raise OSError(28, "No space left on device", "checkpoint.pt.tmp")
 
-        monkeypatch.setattr(ppo.os, "fsync", full)
+        monkeypatch.setattr(ppo.Path, "write_bytes", full)
         monkeypatch.setattr(sys, "argv", ["x", "--resume", str(run_dir), "--total-timesteps", "1024"])
         with pytest.raises(SystemExit) as stop:
             ppo.main()
@@ -159,20 +151,10 @@ class TestRuns:
         assert "error: [Errno 28] No space left on device: 'checkpoint.pt.tmp'" in said
         assert ppo.load_checkpoint(run_dir)["iteration"] == 4
 
-    def test_track_beside_evaluate_would_do_nothing_and_is_refused(self, ppo, monkeypatch, capsys, run_dir):
-        ppo.train(small(ppo, run_dir))
-        capsys.readouterr()
-        assert "--track" in refusal(ppo, monkeypatch, capsys, "--evaluate", run_dir, "--track")
-
-    def test_a_run_in_which_no_episode_could_end_says_so(self, ppo, capsys, run_dir):
-        env_id = probe(ppo, "Counter", length=65)  # one more than there are between checkpoints
-        ppo.train(small(ppo, run_dir, env_id=env_id, checkpoint_every=1))
-        assert "raise --checkpoint-every" in capsys.readouterr().out
-
     def test_a_run_folder_that_cannot_be_made(self, ppo, monkeypatch, capsys, tmp_path):
         (tmp_path / "file").touch()
         said = refusal(ppo, monkeypatch, capsys, "--run-dir", tmp_path / "file" / "run")
-        assert "cannot make the folder" in said
+        assert "[Errno 20] Not a directory" in said
 
     def test_resume_and_evaluate_take_only_what_cannot_change_the_result(
         self, ppo, monkeypatch, capsys, run_dir
@@ -181,12 +163,12 @@ class TestRuns:
         capsys.readouterr()
         for action in ("--resume", "--evaluate"):
             said = refusal(ppo, monkeypatch, capsys, action, run_dir, "--gamma", "0.9", "--seed", "5")
-            assert "--gamma, --seed: a saved run keeps its own options" in said
+            assert "a saved run keeps its options; these differ: gamma, seed" in said
         assert "give one of them" in refusal(
             ppo, monkeypatch, capsys, "--resume", run_dir, "--evaluate", run_dir
         )
-        assert "--total-timesteps" in refusal(
-            ppo, monkeypatch, capsys, "--evaluate", run_dir, "--total-timesteps", "9999"
+        assert "--total-timesteps may only grow" in refusal(
+            ppo, monkeypatch, capsys, "--resume", run_dir, "--total-timesteps", "256", "--num-steps", "64"
         )
 
     def test_evaluate_plays_the_saved_agent_and_takes_its_options(self, ppo, monkeypatch, capsys, run_dir):
@@ -199,7 +181,7 @@ class TestRuns:
             sys, "argv", ["x", f"--evaluate={run_dir}", "--eval-episodes", "4", "--async-envs"]
         )
         ppo.main()
-        assert "over 4 deterministic episodes" in capsys.readouterr().out
+        assert "over 4 episodes" in capsys.readouterr().out
 
     def test_ctrl_c_says_how_to_go_on(self, ppo, monkeypatch, capsys, run_dir):
         def interrupted(*_, **__):
@@ -209,34 +191,48 @@ class TestRuns:
         monkeypatch.setattr(sys, "argv", ["x", "--run-dir", str(run_dir)])
         with pytest.raises(SystemExit) as stop:
             ppo.main()
-        assert stop.value.code == 130
-        assert "--resume RUN_DIR continues from the last checkpoint" in capsys.readouterr().err
+        assert stop.value.code == f"stopped; --resume {run_dir} continues from the last checkpoint"
 
-    def test_missing_camera_and_missing_tracker_are_told_before_training(
+    def test_a_missing_tracker_is_told_before_training(self, ppo, monkeypatch, capsys, run_dir):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        assert "(pip install wandb?)" in refusal(ppo, monkeypatch, capsys, "--track", "--run-dir", run_dir)
+
+    def test_a_missing_camera_leaves_a_run_that_can_be_evaluated_again(
         self, ppo, monkeypatch, capsys, run_dir
     ):
         monkeypatch.setitem(sys.modules, "moviepy", None)
-        said = refusal(ppo, monkeypatch, capsys, "--capture-video", "--run-dir", run_dir)
-        assert 'pip install "gymnasium[' in said
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        assert "pip install wandb" in refusal(ppo, monkeypatch, capsys, "--track", "--run-dir", run_dir)
+        options = ["--capture-video", "--num-steps", "64", "--total-timesteps", "512", "--eval-episodes", "1"]
+        monkeypatch.setattr(sys, "argv", ["x", *options, "--run-dir", str(run_dir)])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        assert stop.value.code == 2
+        assert re.search(r'error: .*pip install "gymnasium\[', capsys.readouterr().err)
+        monkeypatch.setattr(sys, "argv", ["x", "--evaluate", str(run_dir), "--no-capture-video"])
+        ppo.main()
 
 
 @control
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
-    with pytest.raises(ValueError, match="4 or 8 would do"):
+    with pytest.raises(ValueError, match=r"\[4, 8\] would do"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
-    with pytest.raises(ValueError, match=r"--learning-rate is np.float64.*; it must be float"):
-        ppo.Args(learning_rate=np.logspace(-4, -3, 3)[0])
-    with pytest.raises(ValueError, match="Did you mean: `Pendulum`"):
+    with pytest.raises(gym.error.NameNotFound, match="Did you mean: `Pendulum`"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
+
+
+@control
+def test_numbers_of_numpy_as_options_are_saved_as_numbers_of_python(ppo, run_dir):
+    rate = np.logspace(-4, -3, 3)[1]
+    ppo.train(small(ppo, run_dir, learning_rate=rate))
+    saved = ppo.load_checkpoint(run_dir)["args"]["learning_rate"]
+    assert saved == rate and type(saved) is float
 
 
 @control
 def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_2(ppo, tmp_path):
     result = shell(ROOT / f"{ppo.__name__}.py", "--env-id", "Pendulumm-v1", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: Pendulumm-v1") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: Environment `Pendulumm`")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @control
@@ -253,18 +249,15 @@ def test_help_explains_every_option(ppo, capsys, monkeypatch):
 @scripts_with("clipped_policy_loss", "make_envs")
 def test_a_clip_range_of_zero(ppo, monkeypatch, capsys):
     said = refusal(ppo, monkeypatch, capsys, "--clip-coef", "0")
-    assert "--clip-coef is 0.0; it must lie between 1e-12 and inf" in said
+    assert "clip_coef is 0.0; it must be positive" in said
 
 
 @scripts_with("update_kl_coef", "make_envs")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--kl-target 0", "--kl-target is 0.0; it must lie between 1e-12 and inf"),
-        ("--kl-coef -1", "--kl-coef is -1.0; it must lie between 0 and 1000000.0"),
-        ("--kl-coef 0", "--kl-coef is 0.0, but adapts between --kl-coef-min 0.01 and --kl-coef-max 1000.0"),
-        ("--kl-coef-min 2", "--kl-coef is 1.0, but adapts between --kl-coef-min 2.0"),
-        ("--kl-coef-max 0.5", "--no-adaptive keeps it as it is"),
+        ("--kl-target 0", "kl_target must be positive, or None"),
+        ("--kl-coef -1", "kl_coef is -1.0; it must not be negative"),
     ],
 )
 def test_coefficients_of_the_penalty(ppo, monkeypatch, capsys, arguments, words):
@@ -292,7 +285,7 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
         eval_episodes=1,
         run_dir=str(run_dir),
     )
-    assert args.minibatch_size == 64
+    assert args.batch_size / args.num_minibatches == 64
     assert len(ppo.train(args)) == 10
 
 
@@ -303,7 +296,9 @@ def test_the_paper_s_settings_for_atari_are_in_the_readme(ppo, monkeypatch):
     (command,) = re.findall(r"^python ppo_discrete.py (--env-id ALE/Breakout-v5 .*)$", text, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["x", *command.split()])
     args = ppo.parse_args()
-    assert (args.num_steps, args.num_envs, args.update_epochs, args.minibatch_size) == (128, 8, 3, 256)
+    assert (args.num_steps, args.num_envs, args.update_epochs) == (128, 8, 3)
+    assert args.batch_size / args.num_minibatches == 256
+    assert args.clip_reward
     assert (args.learning_rate, args.clip_coef, args.vf_coef / 2, args.ent_coef) == (2.5e-4, 0.1, 1, 0.01)
     assert args.anneal_lr and args.anneal_clip and (args.gamma, args.gae_lambda) == (0.99, 0.95)
 

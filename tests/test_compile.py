@@ -1,13 +1,10 @@
 """--compile: the same learning step as one compiled graph."""
 
 import copy
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from suite import SCRIPTS, control, resumed, small
-from test_command_line import refusal
 from test_resume import same
 
 # torch's own, when its compiler is imported
@@ -37,7 +34,7 @@ REAL = [script for script in SCRIPTS if script.__name__ == "ppo_discrete"]
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_compiled_it_learns_the_same_with_one_graph_for_all_iterations(
-    ppo, backend, tmp_path, monkeypatch, capsys, graphs
+    ppo, backend, tmp_path, monkeypatch, graphs
 ):
     compile_function = torch.compile
     monkeypatch.setattr(
@@ -55,7 +52,6 @@ def test_compiled_it_learns_the_same_with_one_graph_for_all_iterations(
     )
     for compile in (False, True):
         ppo.train(small(ppo, tmp_path / str(compile), compile=compile, **options))
-        assert ("--compile: the first iteration takes" in capsys.readouterr().err) == compile
     assert graphs() == 1
     eager, compiled = (dict(agents[1].named_parameters()) for agents in weights.values())
     start = dict(weights[False][0].named_parameters())
@@ -72,14 +68,3 @@ def test_a_compiled_run_resumes_exactly(tmp_path, graphs):
     resumed(ppo, tmp_path / "short", total_timesteps=512)
     long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
     assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
-
-
-@control
-def test_what_compiling_needs_is_told_in_one_line(ppo, monkeypatch, capsys, run_dir):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "needs a C++ compiler, g++ or clang++" in refusal(
-        ppo, monkeypatch, capsys, "--compile", "--run-dir", str(run_dir)
-    )
-    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
-    assert "needs a torch that traces gradients" in refusal(ppo, monkeypatch, capsys, "--compile")
-    assert not run_dir.exists()

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from suite import (
     Counter,
+    Masked,
     action_space,
     control,
     curve,
@@ -154,10 +155,10 @@ class TensorEnvs(gym.vector.VectorEnv):
 @each_kind
 def test_environments_that_speak_tensors_need_only_another_make_envs(ppo, run_dir, monkeypatch):
     space = action_space(ppo)
-    monkeypatch.setattr(ppo, "make_envs", lambda _, num_envs, video_folder=None: TensorEnvs(num_envs, space))
+    monkeypatch.setattr(ppo, "make_envs", lambda _, seeds, video_folder=None: TensorEnvs(len(seeds), space))
     rows = rollouts(ppo, monkeypatch, small(ppo, run_dir, norm_obs=False, norm_reward=False))
     assert all((r["next_values"] == r["values"] + 1).all() for r in rows)
-    assert ppo.load_checkpoint(run_dir)["episode_returns"].tolist() == [15.0] * 100
+    assert ppo.load_checkpoint(run_dir)["episode_returns"] == [15.0] * 100
 
 
 @control
@@ -215,7 +216,7 @@ def test_every_action_of_several_components_is_in_its_space(ppo, run_dir, space)
     assert space.contains(ppo.load_agent(run_dir).act(np.zeros(2)))
 
 
-@scripts_with("action_mask")
+@scripts_with("legal_choices")
 class TestMasks:
     @pytest.mark.parametrize("async_envs", [False, True])
     def test_the_mask_that_acted_is_the_mask_that_learns_and_belongs_to_its_episode(
@@ -231,27 +232,59 @@ class TestMasks:
         for obs, legal in seen:  # the observation is the mask
             assert torch.equal(obs.bool(), legal.squeeze(-2))
 
-    def test_an_environment_that_gives_no_mask_now_allows_everything(self, ppo, run_dir, monkeypatch):
+    def test_an_environment_that_gives_no_mask_now_allows_everything(self, ppo):
+        choices = np.ones((2, 1, 2), bool)
         info = {"action_mask": np.array([[0, 1], [0, 0]], np.int8), "_action_mask": np.array([True, False])}
-        assert ppo.action_mask(info).tolist() == [[0, 1], [1, 1]]
-        assert ppo.action_mask({"lives": np.ones(2)}) is None
-        alone = {"action_mask": torch.tensor([[0, 1]])}  # as environments of one's own may give it
-        assert ppo.action_mask(alone).tolist() == [[0, 1]]
+        assert ppo.legal_choices(info, choices).tolist() == [[[False, True]], [[True, True]]]
+        assert ppo.legal_choices({"lives": np.ones(2)}, choices) is choices
+        tensors = {"action_mask": torch.tensor([[0, 1], [1, 0]])}  # as a vector environment of one's own
+        legal = ppo.legal_choices(tensors, torch.as_tensor(choices))
+        assert legal.tolist() == [[[False, True]], [[True, False]]]
 
-    @pytest.mark.parametrize(
-        ("mask", "choices"),
-        [
-            (np.array([[1, 0], None], dtype=object), (1, 2)),  # what Gymnasium makes of lists
-            ({"left": np.ones(2)}, (1, 2)),
-            (np.ones((2, 3)), (1, 2)),
-            (np.ones((2, 4)), (2, 2)),  # MultiDiscrete
-            (np.array([[-np.inf, 0.0]]), (1, 2)),  # to be added to logits
-            (np.zeros((1, 2)), (1, 2)),
-        ],
-    )
-    def test_what_is_no_mask_of_a_discrete_task_is_refused(self, ppo, mask, choices):
-        with pytest.raises(ppo.UserError, match=r"an action mask .*(of a Discrete task|leaves no action)"):
-            ppo.legal_choices(mask, torch.ones(choices, dtype=torch.bool))
+    @pytest.mark.parametrize("mask", [np.zeros((1, 2)), np.array([[-np.inf, 0.0]])])
+    def test_a_mask_without_a_one_is_refused(self, ppo, mask):
+        with pytest.raises(ppo.UserError, match="an action mask leaves no action"):
+            ppo.legal_choices({"action_mask": mask}, np.ones((1, 1, 2), bool))
+
+    @pytest.mark.parametrize("place", ["info", "obs", "method"])
+    @pytest.mark.parametrize("kind", [np.array, list, tuple], ids=lambda kind: kind.__name__)
+    def test_a_mask_is_found_in_every_usual_place(self, ppo, run_dir, place, kind):
+        """The environment itself refuses masked actions."""
+
+        class Elsewhere(Masked):
+            if place == "obs":
+                observation_space = spaces.Dict(
+                    obs=Masked.observation_space, action_mask=spaces.MultiBinary(4)
+                )
+
+            def observe(self):
+                obs, info = super().observe()
+                mask = kind(info["action_mask"])
+                if place == "obs":
+                    return {"obs": obs, "action_mask": mask}, {}
+                return obs, {"action_mask": mask} if place == "info" else {}
+
+        if place == "method":
+            Elsewhere.action_masks = lambda self: kind(self.mask)
+        env_id = "Elsewhere-v0"
+        gym.register(env_id, Elsewhere, max_episode_steps=4, disable_env_checker=True)
+        try:
+            assert len(ppo.train(small(ppo, run_dir, env_id=env_id))) > 100
+        finally:
+            del gym.registry[env_id]
+
+    @pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2])], ids=str)
+    def test_a_mask_of_another_size_is_an_error_of_its_environment(self, ppo, run_dir, space):
+        class Wrong(Masked):
+            action_space = space
+
+        gym.register("Wrong-v0", Wrong, max_episode_steps=4, disable_env_checker=True)
+        try:
+            with pytest.raises(ValueError, match=r"the action mask \[.*\] does not have one number") as error:
+                ppo.train(small(ppo, run_dir, env_id="Wrong-v0"))
+            assert error.value.__notes__ == ["in environment 0"]
+        finally:
+            del gym.registry["Wrong-v0"]
 
     def test_a_mask_that_leaves_nothing_stops_the_run(self, ppo, run_dir, monkeypatch):
         outcome = Counter.step
@@ -306,13 +339,7 @@ class TestImages:
 
     @pytest.mark.parametrize(
         ("shape", "image"),
-        [
-            ((4, 84, 84), True),
-            ((36, 36, 3), True),
-            ((36, 35, 3), False),
-            ((84, 3, 84), False),
-            ((84, 84), False),
-        ],
+        [((4, 84, 84), True), ((36, 36, 3), True), ((36, 35, 3), False), ((84, 3, 84), False)],
     )
     def test_images_have_their_channels_first_or_last(self, ppo, shape, image):
         assert ppo.is_image(spaces.Box(0, 255, shape, np.uint8)) == image
@@ -320,12 +347,16 @@ class TestImages:
 
 
 class Games(gym.vector.VectorEnv):
-    """As ale-py's vector environment: games of three lives with three steps each, 5 points a step."""
+    """As ale-py's vector environment: games of three lives with three steps each, 5 points a step.
+
+    As with life_loss_info, a lost life is a termination, after which the game goes on.
+    """
 
     def __init__(self, num_envs):
         self.num_envs, self.ale = num_envs, self
         self.single_observation_space = spaces.Box(0, 9, (1,), np.float32)
         self.single_action_space = spaces.Discrete(4)
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
     def get_action_set(self):
         return [types.SimpleNamespace(name=name) for name in ("NOOP", "FIRE", "RIGHT", "LEFT")]
@@ -342,12 +373,12 @@ class Games(gym.vector.VectorEnv):
         assert actions.dtype == np.int64 and actions.shape == (self.num_envs,)
         assert (actions[self.steps % 3 < 2] == 1).all()  # a life begins with FIRE
         self.steps = self.steps + 1
-        over, final = self.steps == 9, np.full((self.num_envs, 1), np.nan, np.float32)
-        final[over] = 9  # only where a game is over does this array hold anything
-        self.steps = np.where(over, 0, self.steps)
+        lost, final = self.steps % 3 == 0, np.full((self.num_envs, 1), np.nan, np.float32)
+        final[lost] = self.steps[lost, None]  # the array holds something only where an episode ended
+        self.steps = np.where(self.steps == 9, 0, self.steps)
         obs, info = self.observe()
         rewards = np.full(self.num_envs, 5, np.int32)
-        return obs, rewards, over, np.zeros_like(over), info | ({"final_obs": final} if over.any() else {})
+        return obs, rewards, lost, np.zeros_like(lost), info | ({"final_obs": final} if lost.any() else {})
 
 
 @scripts_with("AtariGames")
@@ -367,19 +398,20 @@ class TestAtari:
             assert torch.equal(legal[..., 0, 1:2], torch.ones_like(new_life))
             assert all(torch.equal(legal[..., 0, i : i + 1], ~new_life) for i in (0, 2, 3))
 
-    def test_information_of_other_environments_is_no_lost_life(self, ppo, run_dir, monkeypatch):
+    def test_information_of_other_environments_is_no_end_of_a_game(self, ppo, run_dir, monkeypatch):
         step = Counter.step
         monkeypatch.setattr(
-            Counter, "step", lambda self, x: (*step(self, x)[:4], {"life_lost": True, "lives": 1})
+            Counter, "step", lambda self, x: (*step(self, x)[:4], {"game_over": True, "lives": 1})
         )
         args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), norm_obs=False, norm_reward=False)
         for rows in rollouts(ppo, monkeypatch, args):
             assert torch.equal(rows["terminations"], rows["next_values"] == 5)
+        assert set(ppo.load_checkpoint(run_dir)["episode_returns"]) == {15.0}
 
     def test_a_lost_life_ends_the_episode_for_learning_and_the_game_goes_on(
         self, ppo, run_dir, monkeypatch, games
     ):
-        options = dict(env_id="ALE/Game-v5", norm_obs=False, checkpoint_every=4)
+        options = dict(env_id="ALE/Game-v5", norm_obs=False, clip_reward=True, checkpoint_every=4)
         for rows in rollouts(ppo, monkeypatch, small(ppo, run_dir, **options)):
             assert (rows["next_values"] == rows["values"] + 1).all()  # the next life is the true successor
             assert (rows["terminations"] == (rows["next_values"] % 3 == 0)).all()
@@ -392,15 +424,18 @@ class TestAtari:
         assert returns == [45.0] * (2 * (256 // 9)) and evaluations == [[45.0, 45.0]]
         assert {length for _, length in curve(run_dir)["charts/episodic_length"]} == {9.0}
 
-    def test_without_ale_py_the_install_command_is_told(self, ppo, run_dir, monkeypatch):
+    def test_without_ale_py_the_install_command_is_told(self, ppo, run_dir, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "ale_py", None)
-        with pytest.raises(ppo.UserError, match="pip install ale-py"):
-            ppo.train(small(ppo, run_dir, env_id="ALE/Breakout-v5"))
+        monkeypatch.setattr(sys, "argv", ["x", "--env-id", "ALE/Breakout-v5", "--run-dir", str(run_dir)])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        assert stop.value.code == 2
+        assert "(pip install ale_py?)" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_breakout_itself(self, ppo, run_dir, monkeypatch):
         pytest.importorskip("ale_py", reason="Atari games need requirements-extra.txt")
-        options = dict(env_id="ALE/Breakout-v5", norm_obs=False, checkpoint_every=4, total_timesteps=2048)
+        options = dict(env_id="ALE/Breakout-v5", clip_reward=True, checkpoint_every=4, total_timesteps=2048)
         rows = rollouts(ppo, monkeypatch, small(ppo, run_dir, num_steps=256, **options))
         ended = torch.cat([r["terminations"] for r in rows])
         assert 10 < ended.sum() < 200 and ppo.load_agent(run_dir).obs_shape.tolist() == [4, 84, 84]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from suite import by_name, curve, each_kind, resumed, scripts_with, small
+from suite import by_name, curve, discrete, each_kind, resumed, scripts_with, small
 
 penalty = scripts_with("update_kl_coef", "make_envs", among=each_kind.args[1])
 
@@ -13,14 +13,16 @@ def of_every_minibatch(ppo, monkeypatch):
     """Makes every KL zero -> of each its size and, once trained, its gradient: the coefficient it had."""
     kls = []
 
-    def kl(agent, old, new):
+    def kl(*policies):
+        new = policies[len(policies) // 2]  # mean of a Gaussian, log-probabilities of choices
         zeros = 0 * new.flatten(1).sum(1)
         kls.append([len(zeros), None])
         if zeros.requires_grad:
             zeros.register_hook(lambda gradient, row=kls[-1]: row.__setitem__(1, gradient.sum().item()))
         return zeros
 
-    monkeypatch.setattr(ppo.Agent, "kl", kl)
+    for kind in (ppo.Gaussian, ppo.Categorical):
+        monkeypatch.setattr(kind, "kl", kl)
     return kls
 
 
@@ -43,26 +45,25 @@ class TestCoefficient:
     def test_follows_the_kl_of_old_to_new_over_the_whole_batch_after_the_epochs(
         self, ppo, run_dir, monkeypatch
     ):
-        batches, steps, update, kl, step = [], [], ppo.update_kl_coef, ppo.Agent.kl, torch.optim.Adam.step
+        batches, steps, update, step = [], [], ppo.update_kl_coef, torch.optim.Adam.step
         monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, **y: steps.append(1) or step(*x, **y))
+        kind = ppo.Categorical if discrete(ppo) else ppo.Gaussian
+        kl = kind.kl
 
-        def record(agent, old, new):
-            batches.append((len(steps), old, new))
-            return kl(agent, old, new)
+        def record(*policies):
+            half = len(policies) // 2
+            batches.append((len(steps), policies[:half], policies[half:]))
+            return kl(*policies)
 
         def record_update(kl_coef, measured, kl_target):
-            agent = ppo.load_agent(run_dir)  # for its kind of distribution
             count, old, new = batches[-1]
-            assert count % 8 == 0 and old.shape[:2] == (64, 2)
-            log_policy = [x.squeeze(-2).log_softmax(-1) for x in (old, new)]
-            if agent.discrete:
-                p, q = (torch.distributions.Categorical(logits=x) for x in log_policy)
+            assert count % 8 == 0 and old[0].shape[:2] == (64, 2)
+            if discrete(ppo):
+                p, q = (torch.distributions.Categorical(logits=x.squeeze(-2)) for (x,) in (old, new))
             else:
                 p, q = (
-                    torch.distributions.Independent(
-                        torch.distributions.Normal(x[..., 0, :], x[..., 1, :].exp()), 1
-                    )
-                    for x in (old, new)
+                    torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+                    for mean, log_std in (old, new)
                 )
             expected = torch.distributions.kl_divergence(p, q).mean()
             assert measured == pytest.approx(expected.item(), rel=1e-3, abs=1e-7)
@@ -71,46 +72,33 @@ class TestCoefficient:
             return updates[-1][-1]
 
         updates = []
-        monkeypatch.setattr(ppo.Agent, "kl", record)
+        monkeypatch.setattr(kind, "kl", record)
         monkeypatch.setattr(ppo, "update_kl_coef", record_update)
         ppo.train(small(ppo, run_dir, learning_rate=3e-3, kl_coef=1.0, kl_target=1e-3))
         assert len(updates) == 4
         points = curve(run_dir)
         assert [value for _, value in points["charts/kl_coef"]] == [kl_coef for kl_coef, _, _ in updates]
         assert [value for _, value in points["losses/kl"]] == pytest.approx([kl for _, kl, _ in updates])
-        ratios = [kl / 1e-3 for _, kl, _ in updates]
-        assert [value for _, value in points["charts/kl_to_target"]] == pytest.approx(ratios)
-        assert ppo.load_agent(run_dir).kl_coef == updates[-1][-1]
+        assert ppo.load_checkpoint(run_dir)["kl_coef"] == updates[-1][-1]
 
-    def test_is_held_at_its_floor_and_ceiling_and_the_progress_line_says_so(self, ppo, tmp_path, capsys):
-        for target, limit, coefficients in (
-            (1e3, "floor of 0.3", [1.0, 0.5, 0.3, 0.3]),
-            (1e-9, "ceiling of 2.5", [1.0, 2.0, 2.5, 2.5]),
-        ):
-            folder = tmp_path / limit[:5]
-            ppo.train(small(ppo, folder, kl_target=target, kl_coef_min=0.3, kl_coef_max=2.5))
-            assert [value for _, value in curve(folder)["charts/kl_coef"]] == pytest.approx(coefficients)
-            assert f"kl_coef at its {limit}" in capsys.readouterr().err
-
-    def test_finds_back_from_the_floor(self, ppo, run_dir, monkeypatch):
-        measured = iter([0.0] * 4 + [1.0] * 4)
+    def test_returns_from_the_floor_and_even_from_zero(self, ppo, run_dir, monkeypatch):
+        measured = iter([0.0] * 2 + [1.0] * 6)
         update = ppo.update_kl_coef
         monkeypatch.setattr(
             ppo, "update_kl_coef", lambda kl_coef, _, target: update(kl_coef, next(measured), target)
         )
-        ppo.train(small(ppo, run_dir, total_timesteps=1024, kl_coef_min=0.1))
+        ppo.train(small(ppo, run_dir, total_timesteps=1024, kl_coef=0.0))
         coefficients = [value for _, value in curve(run_dir)["charts/kl_coef"]]
-        assert coefficients == pytest.approx([1, 0.5, 0.25, 0.125, 0.1, 0.2, 0.4, 0.8])
+        assert coefficients == pytest.approx([0, 0.01, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32])
 
-    def test_no_adaptive_keeps_it(self, ppo, run_dir, capsys):
-        ppo.train(small(ppo, run_dir, adaptive=False, kl_coef=0.01, kl_target=1e-9))
-        assert {value for _, value in curve(run_dir)["charts/kl_coef"]} == {torch.tensor(0.01).item()}
-        assert "kl_coef at its" not in capsys.readouterr().err
+    def test_without_a_target_it_is_fixed(self, ppo, run_dir):
+        ppo.train(small(ppo, run_dir, kl_coef=0.005, kl_target=None))
+        assert {value for _, value in curve(run_dir)["charts/kl_coef"]} == {torch.tensor(0.005).item()}
 
     def test_is_in_the_checkpoint_and_a_resumed_run_goes_on_with_it(self, ppo, run_dir, monkeypatch):
         args = small(ppo, run_dir, kl_target=1e3)
         ppo.train(args)
-        assert ppo.load_checkpoint(run_dir)["agent"]["kl_coef"].item() == 1 / 16
+        assert ppo.load_checkpoint(run_dir)["kl_coef"] == 1 / 16
         resumed(ppo, run_dir, total_timesteps=768)
         assert [value for _, value in curve(run_dir)["charts/kl_coef"]] == [
             1,
@@ -130,7 +118,8 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
     """Once more from the definition, with torch's own distributions, at the second step (ratio not one)."""
     agents, weights, gradients, observations, batches = [], [], [], [], []
     flatten, step = ppo.flatten_parameters, torch.optim.Adam.step
-    distribution, logprobs, surrogate = ppo.Agent.distribution, ppo.Agent.logprobs, ppo.surrogate_policy_loss
+    kind = ppo.Categorical if discrete(ppo) else ppo.Gaussian
+    policy_of, logprobs, surrogate = ppo.Agent.policy, kind.logprobs, ppo.surrogate_policy_loss
 
     def record_step(optimizer, *rest):
         weights.append({name: x.detach().clone() for name, x in agents[0].named_parameters()})
@@ -139,11 +128,11 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
 
     def record_obs(agent, obs):
         observations.append(obs)
-        return distribution(agent, obs)
+        return policy_of(agent, obs)
 
-    def record_actions(agent, actions, policy):
+    def record_actions(actions, *policy):
         batches.append([actions])
-        return logprobs(agent, actions, policy)
+        return logprobs(actions, *policy)
 
     def record_advantages(new_logprobs, old_logprobs, advantages):
         batches[-1].append(advantages)
@@ -151,22 +140,22 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
 
     monkeypatch.setattr(ppo, "flatten_parameters", lambda agent: agents.append(agent) or flatten(agent))
     monkeypatch.setattr(torch.optim.Adam, "step", record_step)
-    monkeypatch.setattr(ppo.Agent, "distribution", record_obs)
-    monkeypatch.setattr(ppo.Agent, "logprobs", record_actions)
+    monkeypatch.setattr(ppo.Agent, "policy", record_obs)
+    monkeypatch.setattr(kind, "logprobs", record_actions)
     monkeypatch.setattr(ppo, "surrogate_policy_loss", record_advantages)
     monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
-    options = dict(adaptive=False, kl_coef=kl_coef, learning_rate=1e-2, num_minibatches=1, update_epochs=2)
+    options = dict(kl_target=None, kl_coef=kl_coef, learning_rate=1e-2, num_minibatches=1, update_epochs=2)
     ppo.train(small(ppo, run_dir, max_grad_norm=math.inf, total_timesteps=128, **options))
 
     def policy(obs):
         outputs = ppo.mlp(obs, agent.actor)
-        if agent.discrete:
+        if discrete(ppo):
             return torch.distributions.Categorical(logits=outputs)
         return torch.distributions.Independent(torch.distributions.Normal(outputs, agent.log_std.exp()), 1)
 
     # of each: the whole rollout, the first minibatch, the second
     (agent,), obs, (actions, advantages) = agents, observations[2], batches[2]
-    actions = actions.squeeze(-1) if agent.discrete else actions
+    actions = actions.squeeze(-1) if discrete(ppo) else actions
     agent.load_state_dict(weights[0], strict=False)
     with torch.no_grad():
         old = policy(obs)
@@ -186,6 +175,6 @@ def test_a_large_coefficient_holds_the_policy_back(ppo, tmp_path):
     moved = []
     for kl_coef in (0.0, 1.0, 100.0):
         folder = tmp_path / str(kl_coef)
-        ppo.train(small(ppo, folder, adaptive=False, kl_coef=kl_coef, learning_rate=1e-2, update_epochs=8))
+        ppo.train(small(ppo, folder, kl_target=None, kl_coef=kl_coef, learning_rate=1e-2, update_epochs=8))
         moved.append(sum(value for _, value in curve(folder)["losses/kl"]))
     assert moved[0] > 2 * moved[1] > 4 * moved[2]

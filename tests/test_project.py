@@ -4,33 +4,52 @@ import ast
 import csv
 import functools
 import importlib.metadata
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections import defaultdict
 
 import pytest
 from suite import ROOT, SCRIPTS
 
-# Names that have another text in another script, each with the reason why.
+# Names whose text differs between the scripts, each with the reason.
 DIFFERENT: dict[str, str] = {
     "Args": "the options of the variant",
     "Agent": "the distribution of the actions, and the network for images",
     "make_envs": "Atari games and images are for discrete actions",
+    "CheckedEnv": "discrete actions can be masked",
     "minibatch_gradient": "the loss of the variant",
-    "flatten_parameters": "gradients of micro-batches are added up in place",
-    "gather": "answers of language models differ in length, and in a graph all must be equal",
+    "flatten_parameters": "gradients of micro-batches are accumulated in place",
     "train": "the variant itself",
-    "look_at_envs": "the spaces that the script is for",
+    "make_agent": "the action spaces that the script is for",
     "evaluate": "discrete actions can be masked; answers are compared, not played",
-    "load_agent": "what an agent is made from",
+    "load_agent": "the arguments of Agent",
     "set_up_torch": "the matrices of a language model are worth more than one thread",
-    "check_unchanged": "the option that counts the length of a run",
+    "check_finite": "a language model has no environments",
+    "open_run": "RLHF runs in three stages",
+    "new_run_dir": "RLHF has no environment to name a run after",
     "open_writer": "the metric that sums up a run",
-    "save_checkpoint": "three stages and four models",
+    "save_checkpoint": "the penalty's coefficient; three stages and four models",
     "main": "what a saved run can do",
+}
+# Lines of code (DESIGN: not blank, not comment, not docstring) of each script, at most.
+BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1140}
+# What serves the algorithm besides the functions of the mathematics: options, model, environments, train().
+PLUMBING = {
+    *("UserError", "require", "make_agent", "evaluate", "set_up_torch", "compiled", "check_finite", "main"),
+    *(
+        "open_run",
+        "new_run_dir",
+        "open_writer",
+        "save_checkpoint",
+        "load_checkpoint",
+        "load_agent",
+        "parse_args",
+    ),
 }
 
 
@@ -48,6 +67,25 @@ def test_one_name_has_one_text_in_all_scripts():
             texts[name].add(text)
     different = {name for name, variants in texts.items() if len(variants) > 1}
     assert different == set(DIFFERENT), "make the texts equal, or give (or drop) the reason in DIFFERENT"
+
+
+def code_lines(text):
+    """The numbers of the lines that are neither blank nor comment nor docstring."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*ignored, tokenize.ENDMARKER):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return lines - docstrings
+
+
+def test_lines_of_code_are_counted():
+    text = 'def f(x):  # one\n    """Docstring."""\n\n    # comment\n    return [\n        x,\n    ]\n'
+    assert code_lines(text) == {1, 5, 6, 7}
 
 
 def imported(script):
@@ -87,6 +125,23 @@ class TestScript:
             [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
         )
         assert result.stdout == result.stderr == "" and not list(tmp_path.iterdir())
+
+    def test_it_keeps_to_its_budget_of_lines_with_one_statement_on_each(self, script):
+        text = (ROOT / f"{script.__name__}.py").read_text()
+        assert len(code_lines(text)) <= BUDGETS[script.__name__]
+        assert max(map(len, text.splitlines())) <= 110
+        statements = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+        assert len(statements) == len(set(statements))
+
+    def test_at_least_half_of_it_serves_the_algorithm(self, script):
+        if not hasattr(script, "make_envs"):
+            return  # three stages have utilities of their own
+        text = (ROOT / f"{script.__name__}.py").read_text()
+        lines, plumbing = code_lines(text), set()
+        for node in ast.parse(text).body:
+            if getattr(node, "name", None) in PLUMBING or isinstance(node, ast.Import | ast.ImportFrom):
+                plumbing.update(range(node.lineno, node.end_lineno + 1))
+        assert len(lines & plumbing) <= len(lines) / 2
 
     def test_no_function_but_train_is_longer_than_40_lines(self, script):
         tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())

@@ -1,6 +1,5 @@
 """torchrun: several processes learn what one process learns from the same rows."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchrun_worker
-from suite import ROOT, SCRIPTS, control, curve, scripts_with, small
+from suite import ROOT, SCRIPTS, control, curve, minibatch_inputs, small
 from test_resume import assert_same_run
 from test_rlhf import tiny
 
@@ -28,22 +27,28 @@ def torchrun(processes, *words):
     return run
 
 
-def union_minibatches(processes, num_envs):
-    """minibatches() of one process whose minibatches have the rows that those processes have together."""
-
-    def minibatches(rows, size, epochs):
-        local = num_envs // processes
-        for _ in range(epochs):
-            shuffle = torch.randperm(len(rows[0]) // processes)  # the same in every process
-            for part in shuffle.split(size // processes):
-                t, i = part // local, part % local
-                index = torch.cat([t * num_envs + rank * local + i for rank in range(processes)])
-                yield tuple(x[index] for x in rows)
-
-    return minibatches
-
-
 CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]
+
+
+@control
+def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch):
+    run_dir, folder = tmp_path / "run", tmp_path / "together"
+    agent, minibatch, _, *rest = minibatch_inputs(ppo, monkeypatch, run_dir)[3]
+    given = dict(run_dir=str(run_dir), agent=agent.state_dict(), minibatch=minibatch, rest=rest)
+    folder.mkdir()
+    torch.save(given, folder / "given.pt")
+    torchrun(2, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, folder)
+    results, alone = torch.load(folder / "results.pt"), torchrun_worker.control_results(ppo, given)
+    torch.testing.assert_close(results["gradient False"], alone["gradient False"], rtol=1e-4, atol=1e-7)
+    for name, expected in alone["moments"].items():
+        torch.testing.assert_close(results["moments"][name], expected, msg=name)
+    # a process normalises its own advantages; then their gradients are averaged
+    halves = []
+    for rank in range(2):
+        half = given | {"minibatch": tuple(x[rank::2] for x in minibatch)}
+        halves.append(torchrun_worker.control_results(ppo, half)["gradient True"])
+    torch.testing.assert_close(results["gradient True"], sum(halves) / 2, rtol=1e-4, atol=1e-7)
+    assert (results["gradient True"] - alone["gradient True"]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -51,29 +56,16 @@ CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]
     [*((script, 2) for script in CONTROL), pytest.param(CONTROL[0], 3, marks=pytest.mark.slow)],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_processes_learn_what_one_does_from_the_same_minibatches(ppo, processes, tmp_path, monkeypatch):
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    options = dict(num_envs=6, num_steps=208, total_timesteps=1248, update_epochs=2, checkpoint_every=1)
-    together.mkdir()
-    torch.save(vars(small(ppo, together / "run", **options)), together / "options.pt")
-    torchrun(processes, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, together)
-
-    monkeypatch.setattr(ppo, "minibatches", union_minibatches(processes, 6))
-    returns = ppo.train(small(ppo, alone, **options))
-    assert len(returns) >= 6  # whole episodes: a Pendulum has 200 steps
-    torch.testing.assert_close(torch.load(together / "results.pt")["returns"], returns)
-    one, several = ppo.load_checkpoint(alone), ppo.load_checkpoint(together / "run")
-    for name, expected in one["agent"].items():  # weights and running statistics
-        torch.testing.assert_close(several["agent"][name], expected, rtol=1e-4, atol=1e-6, msg=name)
-    for name, expected in one["optimizer"]["state"][0].items():
-        torch.testing.assert_close(several["optimizer"]["state"][0][name], expected, rtol=1e-3, atol=1e-6)
-    first, second = curve(alone), curve(together / "run")
-    assert first.keys() == second.keys()
-    for tag in first.keys() - {"charts/SPS", "eval/episodic_return"}:
-        assert second[tag] == [
-            (step, pytest.approx(value, rel=1e-3, abs=1e-5)) for step, value in first[tag]
-        ], tag
-    assert len(list((together / "run").glob("events*"))) == 1
+def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes, tmp_path):
+    options = dict(num_envs=6, num_steps=208, total_timesteps=2496, update_epochs=2, checkpoint_every=1)
+    torch.save(vars(small(ppo, tmp_path / "run", **options)), tmp_path / "options.pt")
+    torchrun(processes, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, tmp_path)
+    checkpoint, points = ppo.load_checkpoint(tmp_path / "run"), curve(tmp_path / "run")
+    returns = torch.load(tmp_path / "results.pt")["returns"]
+    assert returns == checkpoint["episode_returns"] and len(returns) >= 6 // processes
+    assert checkpoint["agent"]["obs_moments.count"] == 2496  # rows of all processes
+    assert [step for step, _ in points["losses/value_loss"]] == [1248, 2496]
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
 
 
 def test_gradients_of_rlhf_are_those_of_one_process(tmp_path, monkeypatch):
@@ -143,7 +135,7 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_en
     assert_same_run(ppo, alone, killed)
 
     # one process goes on where two were, with other draws
-    ppo.train(dataclasses.replace(ppo.load_args(one), resume=str(one)))
+    ppo.train(ppo.Args(**ppo.load_checkpoint(one)["args"] | {"resume": str(one)}))
     first, second = curve(alone), curve(one)
     for tag in ("charts/learning_rate", "losses/approx_kl"):
         assert [step for step, _ in second[tag]] == [step for step, _ in first[tag]]
@@ -173,22 +165,23 @@ def test_what_stops_one_process_is_told_and_stops_all(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60)
     assert run.returncode != 0
-    assert "error: reward is nan at step 8, in environment 4; " in run.stderr
+    assert "error: reward of environment 4 is nan or infinite at step 8; " in run.stderr
 
 
 @control
-def test_environments_that_do_not_divide_among_processes_are_refused(ppo, monkeypatch):
+def test_environments_and_rows_that_do_not_divide_among_processes_are_refused(ppo, monkeypatch):
     monkeypatch.setattr(ppo, "WORLD_SIZE", 3)
-    with pytest.raises(ValueError, match=r"--num-envs 8 and minibatches .* divisible by the 3 processes"):
-        ppo.Args(num_envs=8)
+    with pytest.raises(ValueError, match="--num-envs does not divide among 3 processes"):
+        ppo.Args(num_envs=8, num_steps=300, num_minibatches=8, total_timesteps=2400)
+    with pytest.raises(ValueError, match=r"num_envs \* num_steps = 384 does not make 15 minibatches"):
+        ppo.Args(num_envs=6, num_steps=64, num_minibatches=5)
     ppo.Args(num_envs=6, num_steps=64, num_minibatches=4)
 
 
-@scripts_with("Args")
-def test_evaluation_by_several_processes_is_refused(ppo, monkeypatch, capsys):
-    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
-    monkeypatch.setattr(ppo, "parse_args", lambda: ppo.Args(evaluate="runs/pendulum"))
+def test_evaluation_of_rlhf_by_several_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(rlhf, "WORLD_SIZE", 2)
+    monkeypatch.setattr(rlhf, "parse_args", lambda: rlhf.Args(evaluate="runs/gpt"))
     with pytest.raises(SystemExit) as stop:
-        ppo.main()
+        rlhf.main()
     assert stop.value.code == 2
     assert "start it without torchrun" in capsys.readouterr().err

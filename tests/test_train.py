@@ -20,9 +20,9 @@ from suite import (
 )
 
 
-def spy(monkeypatch, ppo, name):
-    """Records what a function of the script is given: a list of (inputs, result)."""
-    calls, function = [], getattr(ppo, name)
+def spy(monkeypatch, owner, name):
+    """Record the calls of a function of a script or class: a list of (inputs, result)."""
+    calls, function = [], getattr(owner, name)
 
     def recording(*inputs, **options):
         result = function(*inputs, **options)
@@ -30,7 +30,7 @@ def spy(monkeypatch, ppo, name):
         calls.append(([x.detach().clone() if torch.is_tensor(x) else x for x in inputs], result))
         return result
 
-    monkeypatch.setattr(ppo, name, recording)
+    monkeypatch.setattr(owner, name, recording)
     return calls
 
 
@@ -61,9 +61,11 @@ class TestInvariants:
             monkeypatch.setattr(ppo.Agent, name, watch)
         monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
         ppo.train(small(ppo, run_dir))
-        # one policy for the whole rollout, then obs and next_obs of all its rows
-        names = ["acting_policy", "normalize_obs", "normalize_obs"]
-        assert seen == [(name, count) for count in (0.0, 128.0, 256.0, 384.0) for name in names]
+        # one policy for the whole rollout, then all its observations
+        assert [x for x in seen if x[0] == "acting_policy"] == [
+            ("acting_policy", count) for count in (0.0, 128.0, 256.0, 384.0)
+        ]
+        assert {count for name, count in seen if name == "normalize_obs"} == {0.0, 128.0, 256.0, 384.0}
         assert ppo.load_agent(run_dir).obs_moments.count == 512
 
     def test_every_row_is_used_once_an_epoch(self, ppo, run_dir, monkeypatch):
@@ -81,8 +83,8 @@ class TestInvariants:
         kls = spy(monkeypatch, ppo, "approx_kl")
         ppo.train(small(ppo, run_dir, target_kl=1e-9))
         # the first minibatch is at ratio one; the second shows what the first step did and is not stepped on
-        assert len(kls) == 12 and len(steps) == 4  # a third call for the mean that is logged
-        assert all(kl <= 1e-9 for _, kl in kls[::3]) and all(kl > 1e-9 for _, kl in kls[1::3])
+        assert len(kls) == 8 and len(steps) == 4
+        assert all(kl <= 1e-9 for _, kl in kls[::2]) and all(kl > 1e-9 for _, kl in kls[1::2])
 
     def test_the_learning_rate_falls_to_zero_over_the_run_or_stays(self, ppo, tmp_path):
         for anneal_lr, rates in ((True, [1e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [1e-3] * 4)):
@@ -108,7 +110,8 @@ def test_clip_vloss_reaches_the_value_loss(ppo, tmp_path, monkeypatch):
     for clip_vloss in (False, True):
         calls.clear()
         ppo.train(small(ppo, tmp_path / str(clip_vloss), clip_vloss=clip_vloss))
-        assert {inputs[3] and float(inputs[3]) for inputs, _ in calls} == {0.2 if clip_vloss else None}
+        ranges = [inputs[3] if inputs[3] is None else float(inputs[3]) for inputs, _ in calls]
+        assert ranges == pytest.approx([0.2 if clip_vloss else None] * len(calls))
 
 
 @scripts_with("nature_cnn")
@@ -134,8 +137,11 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     agents, flatten_parameters = [], ppo.flatten_parameters
     monkeypatch.setattr(ppo, "flatten_parameters", lambda x: agents.append(x) or flatten_parameters(x))
     monkeypatch.setattr(torch.optim.Adam, "step", record)
-    kind = "categorical_logprobs" if discrete(ppo) else "gaussian_logprobs"
-    gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, ppo, kind)
+    kind = "categorical" if discrete(ppo) else "gaussian"
+    owner, name = ppo, f"{kind}_logprobs"
+    if hasattr(ppo, "Gaussian"):
+        owner, name = getattr(ppo, kind.capitalize()), "logprobs"
+    gae, policy_inputs = spy(monkeypatch, ppo, "compute_gae"), spy(monkeypatch, owner, name)
     observations, value = [], ppo.Agent.value
     monkeypatch.setattr(ppo.Agent, "value", lambda agent, obs: observations.append(obs) or value(agent, obs))
     monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
@@ -148,7 +154,7 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     gradient, weights = gradients
     agent = agents[0]
     agent.load_state_dict(weights, strict=False)
-    obs = next(x for x in observations if x.dim() == 3).flatten(0, 1)
+    obs = next(x for x in observations if x.dim() == 3)[:-1].flatten(0, 1)  # without the successors' last row
     (actions, *_), _ = policy_inputs[0]
     advantages, returns = (x.flatten() for x in gae[0][1])
     if discrete(ppo):
@@ -230,8 +236,8 @@ def test_the_probe_of_time_limits_would_notice_if_they_were_death(run_dir, monke
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        (dict(where="obs"), "next_obs is nan at step 6, in environment 0"),
-        (dict(where="reward"), "reward is nan at step 6, in environment 0"),
+        (dict(where="obs"), "obs of environment 0 is nan or infinite at step 6; .*--init-from"),
+        (dict(where="reward"), "reward of environment 0 is nan or infinite at step 6; .*--init-from"),
     ],
 )
 def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir, options, where):
@@ -243,7 +249,7 @@ def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir,
 @control
 def test_rewards_too_large_for_floats_stop_the_run(ppo, run_dir, monkeypatch):
     monkeypatch.setattr(Counter, "outcome", lambda self, action: (self.obs + 1, 1e300, False))
-    with pytest.raises(ppo.UserError, match="reward is inf at step 2, in environment 0"):
+    with pytest.raises(ppo.UserError, match="reward of environment 0 is nan or infinite at step 2"):
         ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
 
 
@@ -251,7 +257,7 @@ def test_rewards_too_large_for_floats_stop_the_run(ppo, run_dir, monkeypatch):
 def test_nan_in_the_loss_stops_the_run_and_the_checkpoint_before_is_good(ppo, run_dir, monkeypatch):
     loss = ppo.value_loss
     monkeypatch.setattr(ppo, "value_loss", lambda *x, **options: loss(*x, **options) * float("nan"))
-    with pytest.raises(ppo.UserError, match="loss is nan at step 128"):
+    with pytest.raises(ppo.UserError, match=r"losses/\w+ is nan or infinite at step 128"):
         ppo.train(small(ppo, run_dir))
     assert all(torch.isfinite(x).all() for x in ppo.load_agent(run_dir).parameters())
 

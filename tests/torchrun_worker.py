@@ -1,6 +1,5 @@
 """What a process of torchrun runs in test_torchrun.py: python torchrun_worker.py SCRIPT FOLDER."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -76,6 +75,20 @@ def rlhf_results():
     return results
 
 
+def control_results(ppo, given):
+    """The gradient over a minibatch and the moments of its observations, of rows that the processes share."""
+    agent = ppo.load_agent(given["run_dir"])
+    agent.load_state_dict(given["agent"])
+    minibatch = tuple(x[ppo.RANK :: ppo.WORLD_SIZE] for x in given["minibatch"])
+    results, moments = {}, ppo.RunningMoments(minibatch[0].shape[1])
+    for norm_adv in (False, True):
+        args = ppo.Args(norm_adv=norm_adv, max_grad_norm=float("inf"))
+        results[f"gradient {norm_adv}"], _ = ppo.minibatch_gradient(agent, minibatch, args, *given["rest"])
+    for rows in (minibatch[0], 3 * minibatch[0] + 1):
+        moments.update(rows)
+    return results | {"moments": moments.state_dict()}
+
+
 def run_results(ppo, args):
     """A run with a checkpoint; every process ends with the same weights to the bit."""
     vectors, flatten = [], ppo.flatten_parameters
@@ -90,11 +103,13 @@ def run_results(ppo, args):
 if __name__ == "__main__":
     script, folder = sys.argv[1], Path(sys.argv[2])
     ppo = rlhf = next(module for module in SCRIPTS if module.__name__ == script)
-    options = folder / "options.pt"
+    options, given = folder / "options.pt", folder / "given.pt"
     args = ppo.Args(**(torch.load(options) if options.exists() else {}))
     ppo.set_up_torch(args)
-    results = run_results(ppo, args) if options.exists() else rlhf_results()
+    if options.exists():
+        results = run_results(ppo, args)
+    else:
+        results = control_results(ppo, torch.load(given)) if given.exists() else rlhf_results()
     if ppo.RANK == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # as main() does
