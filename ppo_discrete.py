@@ -22,6 +22,7 @@ Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observati
 C components (one for Discrete) with up to A choices each.
 """
 
+import copy
 import io
 import json
 import math
@@ -129,9 +130,7 @@ class Args:
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         rows, parts = self.batch_size, self.num_minibatches * WORLD_SIZE
-        require(
-            self.resume or rows <= self.total_timesteps, f"--total-timesteps is less than a rollout, {rows}"
-        )
+        require(self.resume or rows <= self.total_timesteps, f"--total-timesteps is below a rollout, {rows}")
         fits = [n for n in range(1, min(rows, 4 * parts)) if rows % n == 0]
         best = sorted(fits, key=lambda n: max(n / parts, parts / n))[:2]
         split = parts > 0 and rows % parts == 0 and rows > parts  # one row has no standard deviation
@@ -146,11 +145,12 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
 
-    Row t is transition t, and next_values[t] is V of its successor. A termination has no future: its value
-    is not bootstrapped. A truncation, such as a time limit, has a future that was not played: V(successor)
-    estimates it. No credit flows back over either kind of end.
+    All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
+    of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
+    such as a time limit, the episode could have gone on: V(successor) estimates the rest. In both cases the
+    next row belongs to another episode, from which no credit flows back.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
@@ -229,12 +229,12 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
     The sums are the discounted c = r + gamma * c, whose standard deviation scales rewards, the return and the
     length. Rewards and dones (T, N); the row after a done starts from zero, the first row from start (N, 3).
     """
-    steps = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
-    sums, decays = [], np.array([gamma, 1.0, 1.0])
-    for step, done in zip(steps, dones, strict=True):
-        sums.append(step + decays * start)
-        start = sums[-1] * ~done[:, None]
-    return np.stack(sums), start
+    sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
+    decays, alive = np.array([gamma, 1.0, 1.0]), ~dones[..., None]
+    for row, goes_on in zip(sums, alive, strict=True):
+        row += decays * start
+        start = row * goes_on
+    return sums, start
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -328,7 +328,7 @@ class Agent(nn.Module):
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Convert raw observations (..., O) to inputs of features(). Images remain bytes."""
         if self.norm_obs and not self.images:
-            obs = standardize(obs, self.obs_moments.mean, self.obs_moments.var)
+            obs = standardize(obs.double(), self.obs_moments.mean, self.obs_moments.var)
         return obs if self.images else obs.float()
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
@@ -366,13 +366,13 @@ class Agent(nn.Module):
         parts = [*self.obs_moments.buffers(), *self.actor, self.action_start]
         mean, var, _, *actor, start = (as_type_of(like, x.detach()) for x in parts)
 
-        @torch.no_grad()
         def policy(obs, noise, legal):
             if self.images:  # convolutions are large enough for torch, and for a GPU
-                features = self.features(torch.as_tensor(obs, device=device))
-                logits = as_type_of(like, mlp(features, self.actor))
+                with torch.no_grad():
+                    logits = mlp(self.features(torch.as_tensor(obs, device=device)), self.actor)
+                logits = as_type_of(like, logits)
             else:
-                obs = standardize(obs, mean, var) if self.norm_obs else obs
+                obs = standardize(xp.asarray(obs, dtype=xp.float64), mean, var) if self.norm_obs else obs
                 logits = mlp(xp.asarray(obs, dtype=xp.float32), actor, xp.tanh)
             actions = xp.where(legal, logits.reshape(noise.shape) + noise, -math.inf).argmax(-1)
             env_actions = start + actions.reshape((*actions.shape[:-1], *start.shape))
@@ -479,17 +479,17 @@ def conform(obs: object, space: gym.Space) -> object:
 
     The bounds of a Box are not checked, because many tasks exceed them.
     """
-    if isinstance(space, gym.spaces.Dict):
+    if space.dtype is None and isinstance(space, gym.spaces.Dict):
         return {name: conform(obs[name], part) for name, part in space.items()}
-    if isinstance(space, gym.spaces.Tuple):
+    if space.dtype is None and isinstance(space, gym.spaces.Tuple):
         return tuple(map(conform, obs, space))
-    array = np.array(obs)
-    copy = array.astype(space.dtype)
-    same = array.dtype == copy.dtype or (copy.dtype.kind == "f" and array.dtype.kind in "biuf")
-    fits = array.shape == space.shape and (same or np.array_equal(array, copy))
+    array = np.asarray(obs)
+    result = array.astype(space.dtype)  # always a copy
+    same = array.dtype == result.dtype or (result.dtype.kind == "f" and array.dtype.kind in "biuf")
+    fits = array.shape == space.shape and (same or np.array_equal(array, result))
     if not (fits if isinstance(space, gym.spaces.Box) else space.contains(obs)):
         raise ValueError(f"the observation {obs} of dtype {array.dtype} does not fit into {space}")
-    return copy
+    return result
 
 
 class AtariGames(gym.vector.VectorWrapper):
@@ -569,16 +569,6 @@ def average(x: Tensor) -> Tensor:
     return x
 
 
-def copied(x: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Copy an array or a tensor, because an environment may write its next step to the same memory."""
-    return x.clone() if torch.is_tensor(x) else np.array(x)
-
-
-def stacked(rows: Sequence[np.ndarray | Tensor]) -> Tensor:
-    """Stack arrays or tensors along a new first axis."""
-    return torch.stack(rows) if torch.is_tensor(rows[0]) else torch.as_tensor(np.stack(rows))
-
-
 def as_type_of(like: np.ndarray | Tensor, x: Tensor) -> np.ndarray | Tensor:
     """Convert a tensor to an array if `like` is one, else move it to the device of `like`."""
     return x.to(like.device) if torch.is_tensor(like) else x.cpu().numpy()
@@ -656,20 +646,24 @@ def train(args: Args) -> list[float]:
         clip_coef = torch.tensor(args.clip_coef * (left if args.anneal_clip else 1), device=device)
 
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
-        all_obs, transitions, final_obs = [copied(obs_now)], [], {}
-        policy = agent.acting_policy(like=obs_now)
+        policy, final_obs = agent.acting_policy(like=obs_now), {}
         noise = as_type_of(obs_now, gumbel_noise(args.num_steps, num_envs, *agent.choices.shape))
+        legal, actions = noise > 0, as_type_of(obs_now, torch.zeros(noise.shape[:-1], dtype=torch.int64))
+        all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
+        outcomes = torch.zeros(4, args.num_steps, num_envs, dtype=torch.float64)
+        rewards, terminations, truncations, ended = as_type_of(obs_now, outcomes)
         for t in range(args.num_steps):
-            legal = legal_choices(info, choices)
-            action, env_action = policy(all_obs[t], noise[t], legal)
-            obs_now, *outcome, info = envs.step(env_action)
-            ended = info.get("game_over", outcome[1] + outcome[2])  # in Atari, a game has several lives
-            all_obs.append(copied(obs_now))
-            transitions.append((action, legal, *map(copied, outcome), ended))
+            all_obs[t] = obs_now  # a copy, because an environment may write its next step to the same memory
+            legal[t] = legal_choices(info, choices)
+            actions[t], env_action = policy(obs_now, noise[t], legal[t])
+            obs_now, rewards[t], terminations[t], truncations[t], info = envs.step(env_action)
+            ended[t] = info.get("game_over", terminations[t] + truncations[t])  # Atari: after several lives
             if "final_obs" in info:  # an episode ended here: obs_now is the first observation of the next one
-                final_obs[t] = copied(info["final_obs"])
-        columns = [stacked(x).to(device) for x in (all_obs, *zip(*transitions, strict=True))]
-        raw_obs, actions, legal, rewards, terminations, truncations, ended = columns
+                final_obs[t] = copy.deepcopy(info["final_obs"])
+        all_obs[-1] = obs_now
+        rows = (all_obs, actions, legal, rewards, terminations, truncations, ended)
+        rows = [torch.as_tensor(x, device=device) for x in rows]
+        raw_obs, actions, legal, rewards, terminations, truncations, ended = rows
         check_finite(step - args.batch_size + args.num_envs, obs=raw_obs[1:], reward=rewards.float())
         dones, ended = terminations.bool() | truncations.bool(), ended.bool().cpu().numpy()
         sums, running = running_sums(rewards.cpu().numpy(), ended, args.gamma, running)
@@ -688,8 +682,8 @@ def train(args: Args) -> list[float]:
             values = agent.value(features)
             values, next_values = values[:-1], values[1:].clone()
             if dones.any():  # row t + 1 belongs to the next episode
-                last = stacked([final_obs[t][i] for t, i in dones.nonzero().tolist()]).to(device)
-                next_values[dones] = agent.value(agent.features(agent.normalize_obs(last)))
+                last = torch.stack([torch.as_tensor(final_obs[t][i]) for t, i in dones.nonzero().tolist()])
+                next_values[dones] = agent.value(agent.features(agent.normalize_obs(last.to(device))))
             logprobs = categorical_logprobs(actions, agent.log_policy(features[:-1], legal))
             advantages, returns = compute_gae(
                 rewards.float(), values, next_values, terminations, truncations, args.gamma, args.gae_lambda

@@ -23,6 +23,7 @@ Shapes: T steps of a rollout, N environments, B rows of a minibatch, O observati
 dimensions or choices. A discrete action has C = 1 component.
 """
 
+import copy
 import io
 import json
 import math
@@ -129,9 +130,7 @@ class Args:
         require(self.kl_coef >= 0, f"kl_coef is {self.kl_coef}; it must not be negative")
         require(self.kl_target is None or self.kl_target > 0, "kl_target must be positive, or None")
         rows, parts = self.batch_size, self.num_minibatches * WORLD_SIZE
-        require(
-            self.resume or rows <= self.total_timesteps, f"--total-timesteps is less than a rollout, {rows}"
-        )
+        require(self.resume or rows <= self.total_timesteps, f"--total-timesteps is below a rollout, {rows}")
         fits = [n for n in range(1, min(rows, 4 * parts)) if rows % n == 0]
         best = sorted(fits, key=lambda n: max(n / parts, parts / n))[:2]
         split = parts > 0 and rows % parts == 0 and rows > parts  # one row has no standard deviation
@@ -146,11 +145,12 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
 
-    Row t is transition t, and next_values[t] is V of its successor. A termination has no future: its value
-    is not bootstrapped. A truncation, such as a time limit, has a future that was not played: V(successor)
-    estimates it. No credit flows back over either kind of end.
+    All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
+    of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
+    such as a time limit, the episode could have gone on: V(successor) estimates the rest. In both cases the
+    next row belongs to another episode, from which no credit flows back.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
@@ -256,12 +256,12 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
     The sums are the discounted c = r + gamma * c, whose standard deviation scales rewards, the return and the
     length. Rewards and dones (T, N); the row after a done starts from zero, the first row from start (N, 3).
     """
-    steps = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
-    sums, decays = [], np.array([gamma, 1.0, 1.0])
-    for step, done in zip(steps, dones, strict=True):
-        sums.append(step + decays * start)
-        start = sums[-1] * ~done[:, None]
-    return np.stack(sums), start
+    sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
+    decays, alive = np.array([gamma, 1.0, 1.0]), ~dones[..., None]
+    for row, goes_on in zip(sums, alive, strict=True):
+        row += decays * start
+        start = row * goes_on
+    return sums, start
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -371,7 +371,7 @@ class Agent(nn.Module):
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Convert raw observations (..., O) to inputs of the networks."""
-        obs = standardize(obs, self.obs_moments.mean, self.obs_moments.var) if self.norm_obs else obs
+        obs = standardize(obs.double(), self.obs_moments.mean, self.obs_moments.var) if self.norm_obs else obs
         return obs.float()
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
@@ -399,7 +399,7 @@ class Agent(nn.Module):
         mean, var, _, *actor, std, center, scale, low, high = (as_type_of(like, x.detach()) for x in parts)
 
         def policy(obs, noise):
-            obs = standardize(obs, mean, var) if self.norm_obs else obs
+            obs = standardize(xp.asarray(obs, dtype=xp.float64), mean, var) if self.norm_obs else obs
             outputs = mlp(xp.asarray(obs, dtype=xp.float32), actor, xp.tanh)
             actions = self.kind.sample(outputs, std, noise)
             # clipped for the environment only: log-probabilities belong to the action as sampled
@@ -487,17 +487,17 @@ def conform(obs: object, space: gym.Space) -> object:
 
     The bounds of a Box are not checked, because many tasks exceed them.
     """
-    if isinstance(space, gym.spaces.Dict):
+    if space.dtype is None and isinstance(space, gym.spaces.Dict):
         return {name: conform(obs[name], part) for name, part in space.items()}
-    if isinstance(space, gym.spaces.Tuple):
+    if space.dtype is None and isinstance(space, gym.spaces.Tuple):
         return tuple(map(conform, obs, space))
-    array = np.array(obs)
-    copy = array.astype(space.dtype)
-    same = array.dtype == copy.dtype or (copy.dtype.kind == "f" and array.dtype.kind in "biuf")
-    fits = array.shape == space.shape and (same or np.array_equal(array, copy))
+    array = np.asarray(obs)
+    result = array.astype(space.dtype)  # always a copy
+    same = array.dtype == result.dtype or (result.dtype.kind == "f" and array.dtype.kind in "biuf")
+    fits = array.shape == space.shape and (same or np.array_equal(array, result))
     if not (fits if isinstance(space, gym.spaces.Box) else space.contains(obs)):
         raise ValueError(f"the observation {obs} of dtype {array.dtype} does not fit into {space}")
-    return copy
+    return result
 
 
 def derive_seed(*key: int) -> int:
@@ -517,16 +517,6 @@ def average(x: Tensor) -> Tensor:
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(x.div_(WORLD_SIZE))
     return x
-
-
-def copied(x: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Copy an array or a tensor, because an environment may write its next step to the same memory."""
-    return x.clone() if torch.is_tensor(x) else np.array(x)
-
-
-def stacked(rows: Sequence[np.ndarray | Tensor]) -> Tensor:
-    """Stack arrays or tensors along a new first axis."""
-    return torch.stack(rows) if torch.is_tensor(rows[0]) else torch.as_tensor(np.stack(rows))
 
 
 def as_type_of(like: np.ndarray | Tensor, x: Tensor) -> np.ndarray | Tensor:
@@ -553,8 +543,7 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args, 
     # zero at the first minibatch, with a zero gradient: the penalty restrains what follows
     penalty = kl_coef * kind.kl(*old_policy, *policy).mean()
     entropy = kind.entropy(*policy).mean()
-    loss = policy_loss + penalty  # minus eq. 8
-    loss = loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # and as in eq. 9
+    loss = policy_loss + penalty + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 8 and 9
 
     gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
     gradient = average(torch.cat([x.flatten() for x in gradients]))
@@ -604,18 +593,22 @@ def train(args: Args) -> list[float]:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / args.num_iterations)
 
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
-        all_obs, transitions, final_obs = [copied(obs_now)], [], {}
-        policy = agent.acting_policy(like=obs_now)
+        policy, final_obs = agent.acting_policy(like=obs_now), {}
         noise = as_type_of(obs_now, agent.kind.noise(args.num_steps, num_envs, agent.action_size))
+        actions = as_type_of(obs_now, agent.kind.sample(*torch.zeros(3, *noise.shape)))
+        all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
+        outcomes = torch.zeros(3, args.num_steps, num_envs, dtype=torch.float64)
+        rewards, terminations, truncations = as_type_of(obs_now, outcomes)
         for t in range(args.num_steps):
-            action, env_action = policy(all_obs[t], noise[t])
-            obs_now, *outcome, info = envs.step(env_action)
-            all_obs.append(copied(obs_now))
-            transitions.append((action, *map(copied, outcome)))
+            all_obs[t] = obs_now  # a copy, because an environment may write its next step to the same memory
+            actions[t], env_action = policy(obs_now, noise[t])
+            obs_now, rewards[t], terminations[t], truncations[t], info = envs.step(env_action)
             if "final_obs" in info:  # an episode ended here: obs_now is the first observation of the next one
-                final_obs[t] = copied(info["final_obs"])
-        columns = [stacked(x).to(device) for x in (all_obs, *zip(*transitions, strict=True))]
-        raw_obs, actions, rewards, terminations, truncations = columns
+                final_obs[t] = copy.deepcopy(info["final_obs"])
+        all_obs[-1] = obs_now
+        rows = (all_obs, actions, rewards, terminations, truncations)
+        rows = [torch.as_tensor(x, device=device) for x in rows]
+        raw_obs, actions, rewards, terminations, truncations = rows
         check_finite(step - args.batch_size + args.num_envs, obs=raw_obs[1:], reward=rewards.float())
         dones = terminations.bool() | truncations.bool()
         sums, running = running_sums(rewards.cpu().numpy(), dones.cpu().numpy(), args.gamma, running)
@@ -631,8 +624,8 @@ def train(args: Args) -> list[float]:
             values = agent.value(obs)
             values, next_values = values[:-1], values[1:].clone()
             if dones.any():  # row t + 1 belongs to the next episode
-                last = stacked([final_obs[t][i] for t, i in dones.nonzero().tolist()]).to(device)
-                next_values[dones] = agent.value(agent.normalize_obs(last))
+                last = torch.stack([torch.as_tensor(final_obs[t][i]) for t, i in dones.nonzero().tolist()])
+                next_values[dones] = agent.value(agent.normalize_obs(last.to(device)))
             old_policy = agent.policy(obs[:-1])
             logprobs = agent.kind.logprobs(actions, *old_policy)
             advantages, returns = compute_gae(

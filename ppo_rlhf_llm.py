@@ -253,11 +253,12 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), all (T, N).
+    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
 
-    Row t is transition t, and next_values[t] is V of its successor. A termination has no future: its value
-    is not bootstrapped. A truncation, such as a time limit, has a future that was not played: V(successor)
-    estimates it. No credit flows back over either kind of end.
+    All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
+    of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
+    such as a time limit, the episode could have gone on: V(successor) estimates the rest. In both cases the
+    next row belongs to another episode, from which no credit flows back.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12

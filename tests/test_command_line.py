@@ -45,8 +45,8 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ("--num-minibatches 0", "num_envs * num_steps = 2048 does not make 0 minibatches"),
         ("--num-minibatches 4096", "does not make 4096 minibatches; [1024, 512] would do"),
         ("--num-minibatches 2048", "does not make 2048 minibatches; [1024, 512] would do"),  # of one row
-        ("--total-timesteps 100", "--total-timesteps is less than a rollout, 2048"),
-        ("--total-timesteps 0", "--total-timesteps is less than a rollout, 2048"),
+        ("--total-timesteps 100", "--total-timesteps is below a rollout, 2048"),
+        ("--total-timesteps 0", "--total-timesteps is below a rollout, 2048"),
         ("--learning-rate nan", "learning_rate is nan; it must be positive"),
         ("--gamma 1.5", "gamma is 1.5; it must lie in [0, 1]"),
         ("--gae-lambda -0.1", "gae_lambda is -0.1; it must lie in [0, 1]"),

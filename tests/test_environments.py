@@ -101,6 +101,8 @@ def test_async_environments_give_the_same_results(ppo, tmp_path):
         BOX,
         spaces.Box(-1, 1, (2, 3), np.float64),
         spaces.Box(0, 255, (128,), np.uint8),
+        spaces.Box(0, 9, (2,), np.uint16),
+        spaces.Box(0, 1, (2,), bool),
         spaces.Discrete(4),
         spaces.MultiDiscrete([2, 3]),
         spaces.Dict(place=BOX, goal=spaces.Dict(which=spaces.Discrete(3))),

@@ -124,13 +124,14 @@ def run(ppo, *options, **settings):
 
 
 def assert_refused(result, words, events=False):
-    """Check for one line that begins with "error: " and contains these words, and no traceback.
+    """Check that stderr has one line that begins with "error: " and contains words, and no traceback.
 
-    Where events cannot be written, TensorBoard's own thread prints a traceback besides.
+    If events cannot be written, a thread of TensorBoard prints a traceback into the same lines.
     """
     assert result.returncode == 2, result.stderr[-3000:]
     assert "Traceback" not in result.stderr or events, result.stderr[-3000:]
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    pattern = "error: " if events else "^error: "
+    (line,) = [line for line in result.stderr.splitlines() if re.search(pattern, line)]
     assert words in line, line
 
 

@@ -485,7 +485,7 @@ class TestCommandLine:
             ("--learning-rate nan", "--learning-rate is nan; it must lie between 1e-12 and 1"),
             ("--eval-prompts 201", "--eval-prompts is 201; it must lie between 2 and 200"),
             ("--context 60", "--context is 60"),
-            ("--resume nowhere", "nowhere/checkpoint.pt does not exist"),
+            ("--resume nowhere", "nowhere/checkpoint.pt is missing"),
             ("--generate hello", "--generate needs --evaluate runs/NAME"),
         ],
     )

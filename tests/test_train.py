@@ -227,7 +227,7 @@ class TestProbes:
 def test_the_probe_of_time_limits_would_notice_if_they_were_death(run_dir, monkeypatch):
     (ppo,) = (script for script in SCRIPTS if script.__name__ == "ppo_continuous")
     gae = ppo.compute_gae
-    monkeypatch.setattr(ppo, "compute_gae", lambda r, v, nv, te, tr, *rest: gae(r, v, nv, te | tr, tr, *rest))
+    monkeypatch.setattr(ppo, "compute_gae", lambda r, v, nv, te, tr, *rest: gae(r, v, nv, te + tr, tr, *rest))
     learn(ppo, run_dir, "Endless", gamma=0.9, total_timesteps=12288)
     assert values(ppo, run_dir, 0.0)[0] < 7  # the mean of (1 - 0.9^k) / (1 - 0.9) over k = 1..10 is 4.1
 
