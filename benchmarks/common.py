@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: a script as a module, fresh processes, tables that can be continued."""
+"""Helpers of the speed benchmarks: import a script, run a fresh process, continue an interrupted table."""
 
 import csv
 import importlib.util
@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(script: str) -> ModuleType:
-    """A script at the top of the repository, imported anew."""
+    """Import a script from the top of the repository as a new module."""
     spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
     ppo = sys.modules[script] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ppo)
@@ -23,7 +23,7 @@ def load(script: str) -> ModuleType:
 
 
 def in_fresh_process(*words: object, python: str = sys.executable) -> list[str]:
-    """What the benchmark that is running prints in its last line if it is called with these words."""
+    """Run this benchmark with the given arguments in a fresh process and return the last line it prints."""
     command = [python, sys.argv[0], *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -32,9 +32,9 @@ def in_fresh_process(*words: object, python: str = sys.executable) -> list[str]:
 
 
 def measured(name: str, columns: Sequence[str], turns: Iterable[tuple], measure: Callable) -> list[dict]:
-    """The table results/NAME.csv: a row for each turn, its key and what measure(*key) gives.
+    """Measure all turns and return the rows of results/NAME.csv: the key of a turn and measure(*key).
 
-    Written after every turn. A turn that is in it already is not repeated; to repeat it, delete its row.
+    The file is written after every turn. Turns that are in it already are not repeated.
     """
     path, rows = RESULTS / f"{name}.csv", [list(columns)]
     if path.exists():
@@ -52,7 +52,7 @@ def measured(name: str, columns: Sequence[str], turns: Iterable[tuple], measure:
 
 
 def values(rows: list[dict], column: str, **key: object) -> list[float]:
-    """The numbers of a column in the rows that have this key, in the order of the turns."""
+    """Return the numbers of a column in the rows with this key, in the order of measurement."""
     return [
         float(row[column])
         for row in rows
@@ -61,11 +61,11 @@ def values(rows: list[dict], column: str, **key: object) -> list[float]:
 
 
 def median(rows: list[dict], column: str, **key: object) -> float:
-    """Their median, nan if there are none."""
+    """Return the median of a column, or nan if there are no rows with this key."""
     found = values(rows, column, **key)
     return statistics.median(found) if found else float("nan")
 
 
 def peak_mebibytes() -> float:
-    """The most memory that this process has had."""
+    """Return the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,16 +1,18 @@
-"""What a GPU makes of the scripts: equal results, steps per second, tokens per second.
+"""Compare the scripts on the CPU and on a GPU: results, steps per second, tokens per second.
 
-    python benchmarks/gpu.py                               writes benchmarks/results/gpu.csv, or says why not
+    python benchmarks/gpu.py                               write benchmarks/results/gpu.csv
 
-one_update: the largest difference between weights after the first update on the CPU and on the GPU, of all
-rows in one minibatch; the learning rate is how far Adam moves a weight there. For ppo_rlhf_llm that of the
-gradients, as a share of the largest, in float32. steps: per second, on CPU and GPU, eager and with --compile
-(on the GPU captured), of the work of steps.py, of HalfCheetah with ppo_penalty, and of ALE/Breakout-v5 with 8
-environments x 128 steps, 4 epochs, 4 minibatches. rlhf: answer tokens per second of stage 3, 64 prompts of
-128 tokens, answers of 128, 2 epochs of 4 minibatches, with random weights in the shapes of GPT-2 (124 million
-parameters) and of a Llama of 1.1 billion; and which share of the card's bfloat16 peak that is, from two
-operations a weight and token, six with the backward pass, embeddings and logits not counted. Each in a
-fresh process. Needs requirements-extra.txt.
+one_update: the largest difference between the weights after one update on the CPU and on the GPU, with all
+rows in one minibatch. Adam's first update moves every weight by about the learning rate, so compare with it.
+For ppo_rlhf_llm: the largest difference between gradients in float32, relative to the largest gradient.
+steps: environment steps per second on CPU and GPU, eager and with --compile (captured as a graph on the GPU).
+The tasks are those of steps.py, HalfCheetah with ppo_penalty, and ALE/Breakout-v5 with 8 environments x 128
+steps, 4 epochs and 4 minibatches.
+rlhf: response tokens per second of stage 3 with 64 prompts of 128 tokens, responses of 128 tokens and 2
+epochs of 4 minibatches. The models have random weights and the sizes of GPT-2 (124 million parameters) and of
+a Llama with 1.1 billion. The share of the GPU's bfloat16 peak assumes 2 operations per weight and token, 6
+with the backward pass, without embeddings and logits.
+Every measurement runs in a fresh process. Requires requirements-extra.txt.
 """
 
 import itertools
@@ -31,7 +33,7 @@ WORK = {
     "HalfCheetah-v5 (penalty)": ("ppo_penalty", HALF_CHEETAH),
     "ALE/Breakout-v5": ("ppo_discrete", BREAKOUT),
 }
-TRANSFORMERS = {  # class and configuration, of the transformers library
+TRANSFORMERS = {  # class and configuration of transformers
     "124M": ("GPT2", dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)),
     "1.1B": (
         "Llama",
@@ -50,7 +52,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 
 
 
 def iterations(ppo, args) -> list[float]:
-    """Seconds of the iterations after the first; nothing is saved."""
+    """Return the seconds of each iteration after the first, without saving checkpoints."""
     moments, explained_variance = [], ppo.explained_variance
 
     def at_the_end_of_an_iteration(*x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ def iterations(ppo, args) -> list[float]:
 
 
 def steps(name: str, device: str, mode: str) -> list[float]:
-    """Environment steps per second."""
+    """Return environment steps per second."""
     script, work = WORK[name]
     ppo, rows = load(script), work["num_envs"] * work["num_steps"]
     ppo.evaluate = lambda *_: [0.0]
@@ -75,7 +77,7 @@ def steps(name: str, device: str, mode: str) -> list[float]:
 
 
 def weights_after_one_update(script: str, device: str, mode: str) -> dict[str, torch.Tensor]:
-    """Weights, all rows of the first rollout in one minibatch, so that their order plays no part."""
+    """Return the weights after one update, with the whole rollout in one minibatch."""
     ppo = load(script)
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +88,7 @@ def weights_after_one_update(script: str, device: str, mode: str) -> dict[str, t
 
 
 def gradients_of_rlhf(device: str) -> dict[str, torch.Tensor]:
-    """Gradients of actor and critic for 16 random answers."""
+    """Return the gradients of actor and critic for 16 random responses."""
     rlhf = load("ppo_rlhf_llm")
     torch.manual_seed(1)
     models = rlhf.Models(rlhf.Args(kl_in="loss"))
@@ -99,7 +101,7 @@ def gradients_of_rlhf(device: str) -> dict[str, torch.Tensor]:
 
 
 def one_update(script: str, device: str, mode: str) -> list[float]:
-    """How far the results of CPU and GPU lie apart."""
+    """Return the largest difference between the results of CPU and GPU."""
     if script == "ppo_rlhf_llm":
         here, there = gradients_of_rlhf("cpu"), gradients_of_rlhf(device)
         largest = max(x.abs().max() for x in here.values())
@@ -111,7 +113,7 @@ def one_update(script: str, device: str, mode: str) -> list[float]:
 
 
 def rlhf(size: str, device: str, _: str) -> list[float]:
-    """Answer tokens per second, all of stage 3 and its sampling alone, and the share of the card's peak."""
+    """Return response tokens per second (stage 3, sampling alone) and the share of the GPU's peak."""
     import transformers
 
     ppo = load("ppo_rlhf_llm")
@@ -129,7 +131,7 @@ def rlhf(size: str, device: str, _: str) -> list[float]:
         sampled.append(time.perf_counter() - started)
         return result
 
-    ppo.ByteTokenizer.eos_token_id = -1  # no answer ends early
+    ppo.ByteTokenizer.eos_token_id = -1  # no response ends early
     ppo.load_language_model = lambda *_: (model, ppo.ByteTokenizer())
     ppo.load_score_function = lambda _: lambda prompts, answers: [0.0] * len(prompts)
     ppo.decode = lambda models, ids, mask: [""] * len(ids)
@@ -162,7 +164,7 @@ TURNS = [
 
 
 def measure(_: str, *turn: str) -> list[str]:
-    """The numbers of a turn in a fresh process, three columns."""
+    """Measure in a fresh process and return three columns."""
     numbers = [f"{float(word):.4g}" for word in in_fresh_process(*turn)]
     return [*numbers, "", ""][:3]
 
@@ -173,7 +175,7 @@ def main() -> None:
         print(*{"one_update": one_update, "steps": steps, "rlhf": rlhf}[job](name, device, mode))
         return
     if not torch.cuda.is_available():
-        print("no GPU is at hand: nothing is measured")
+        print("no GPU found: nothing is measured")
         return
     card = torch.cuda.get_device_name()
     columns = ["card", "job", "work", "device", "mode", "value", "sampling_tokens", "share_of_peak"]

@@ -1,14 +1,16 @@
-"""How time and memory grow: with environments and width (control), with answer length and batch (RLHF).
+"""Measure how time and memory grow with environments, width, response length and batch size.
 
-    python benchmarks/growth.py                            writes benchmarks/results/growth.csv
+    python benchmarks/growth.py                            write benchmarks/results/growth.csv
 
 envs: ppo_continuous on HalfCheetah-v5, iterations of 2048 rows from 1 to 256 environments, in one process
-(sync) or each in its own (async), 10 epochs of 32 minibatches. width: the same in one environment with two
-hidden layers of 16 to 1024 units, eager and with --compile. One thread. answer_length and batch: the default
-model of ppo_rlhf_llm with prompts of 16 tokens and answers that never end early, 64 of them, or 32 tokens;
-two threads. Seconds are medians over iterations after the first; speed.py shows the shorter of two turns.
-Memory is the most that the process had and, with --async-envs, what its workers have in the end (Linux).
-Each in a fresh process. Needs requirements-extra.txt.
+(sync) or in one process each (async), 10 epochs of 32 minibatches.
+width: the same with one environment and two hidden layers of 16 to 1024 units, eager and with --compile.
+answer_length: the default model of ppo_rlhf_llm with 64 prompts of 16 tokens; no response ends early.
+batch: the same with responses of 32 tokens.
+The control script uses one thread, RLHF two. Seconds are medians over the iterations after the first;
+speed.py shows the shorter of two measurements. Memory is the peak of the process plus, with --async-envs, the
+memory of its workers at the end (Linux). Every measurement runs in a fresh process. Requires
+requirements-extra.txt.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from common import in_fresh_process, load, measured, peak_mebibytes
 
 TURNS, ITERATIONS, ROWS = 2, 4, 2048
 PROMPT = 16
-SIZES = {  # what grows, and the variants
+SIZES = {  # dimension: (sizes, variants)
     "envs": ((1, 2, 4, 8, 16, 32, 64, 128, 256), ("sync", "async")),
     "width": ((16, 32, 64, 128, 256, 512, 1024), ("eager", "compiled")),
     "answer_length": ((16, 32, 64, 128, 256, 512), ("",)),
@@ -33,7 +35,7 @@ SIZES = {  # what grows, and the variants
 
 
 def workers_mebibytes() -> float:
-    """What the child processes have of the memory; of what several share, each its part."""
+    """Return the proportional memory (PSS) of the child processes in MiB."""
     total = 0
     for child in multiprocessing.active_children():
         with open(f"/proc/{child.pid}/smaps_rollup") as file:
@@ -42,7 +44,7 @@ def workers_mebibytes() -> float:
 
 
 def train(script: str, prepare: Callable = lambda ppo: None, **options: object) -> tuple[float, float]:
-    """Seconds of an iteration and MiB."""
+    """Return the median seconds of an iteration and the peak MiB."""
     ppo = load(script)
     prepare(ppo)
     moments, workers, explained_variance = [], [], ppo.explained_variance
@@ -59,7 +61,7 @@ def train(script: str, prepare: Callable = lambda ppo: None, **options: object) 
 
 
 def control(hidden: tuple[int, int], **options: object) -> tuple[float, float]:
-    """An iteration of ppo_continuous."""
+    """Measure ppo_continuous."""
 
     def prepare(ppo) -> None:
         ppo.mlp_parameters.__defaults__ = (hidden,)
@@ -70,11 +72,11 @@ def control(hidden: tuple[int, int], **options: object) -> tuple[float, float]:
 
 
 def rlhf(batch_size: int, answer_length: int) -> tuple[float, float]:
-    """An iteration of ppo_rlhf_llm, stage 3 alone."""
+    """Measure stage 3 of ppo_rlhf_llm."""
 
     def prepare(ppo) -> None:
         torch.set_num_threads(2)
-        ppo.ByteTokenizer.eos_token_id = -1  # no answer ends early
+        ppo.ByteTokenizer.eos_token_id = -1  # no response ends early
         ppo.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
         ppo.fine_tune = ppo.learn_reward = lambda *_: 0
         ppo.evaluate = lambda *_: ({}, [])
@@ -86,7 +88,7 @@ def rlhf(batch_size: int, answer_length: int) -> tuple[float, float]:
 
 
 def turn(grows: str, size: int, variant: str) -> tuple[float, float]:
-    """Seconds of an iteration and MiB of this size, now."""
+    """Measure one size in this process and return seconds per iteration and MiB."""
     if grows == "envs":
         steps = dict(num_envs=size, num_steps=ROWS // size, async_envs=variant == "async")
         return control((64, 64), **steps)
@@ -96,7 +98,7 @@ def turn(grows: str, size: int, variant: str) -> tuple[float, float]:
 
 
 def measure(grows: str, variant: str, size: int, _: int) -> tuple[float, int]:
-    """The same in a fresh process."""
+    """Measure one size in a fresh process."""
     seconds, mebibytes = (float(word) for word in in_fresh_process(grows, size, variant))
     return round(seconds, 4), round(mebibytes)
 

@@ -1,10 +1,10 @@
-"""How well the shipped defaults learn: every task, several seeds, one row per evaluation in a CSV file.
+"""Train with the default options on every task and several seeds, and write learning curves to a CSV file.
 
-    python benchmarks/learning.py                          all of them; goes on where it was interrupted
+    python benchmarks/learning.py                          all tasks; continues if interrupted
     python benchmarks/learning.py --scripts ppo_continuous --tasks Hopper-v5 --seeds 1 2
-    python benchmarks/plot.py                              draws benchmarks/results/learning.csv
+    python benchmarks/plot.py                              draw benchmarks/results/learning.csv
 
-Needs requirements-extra.txt for MuJoCo, Box2D and Atari. Runs are kept in runs/learning while they last.
+Requires requirements-extra.txt for MuJoCo, Box2D and Atari. Unfinished runs are kept in runs/learning.
 """
 
 import csv
@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.csv"
 COLUMNS = ["script", "task", "seed", "steps", "what", "value"]
-STEPS = {  # of a script, or of a task; all others: 300,000
+STEPS = {  # by script or task; 300,000 for all others
     "ppo_penalty": 120_000,
     "Pendulum-v1": 100_000,
     "CartPole-v1": 60_000,
@@ -28,8 +28,8 @@ STEPS = {  # of a script, or of a task; all others: 300,000
     "FrozenLake-v1": 100_000,
     "ALE/Breakout-v5": 150_000,
 }
-OPTIONS = {  # all others: the defaults
-    # Table 5 of the paper, but faster, for a fiftieth of its steps
+OPTIONS = {  # the defaults for all others
+    # Table 5 of the paper with a larger learning rate, because the run is 50 times shorter
     "ALE/Breakout-v5": "--num-steps 128 --num-minibatches 4 --update-epochs 4 --clip-coef 0.1 --clip-reward"
 }
 TASKS = {
@@ -47,16 +47,16 @@ TASKS = {
 
 @dataclass
 class Options:
-    """What to run."""
+    """Options of this benchmark."""
 
     scripts: list[str] = field(default_factory=lambda: list(TASKS))
     tasks: list[str] | None = None
-    """None: all of the script"""
+    """task ids (None: all tasks of the script)"""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
 
 
 def rows_done() -> set[tuple[str, str, str]]:
-    """(script, task, seed) of the runs whose evaluation is in the results."""
+    """Return (script, task, seed) of the runs whose evaluation is in the results."""
     if not RESULTS.exists():
         return set()
     with RESULTS.open() as file:
@@ -65,7 +65,7 @@ def rows_done() -> set[tuple[str, str, str]]:
 
 
 def finish(script: str, folder: Path, options: list[str]) -> EventAccumulator:
-    """Trains, or goes on training where it was interrupted -> the metrics of the run."""
+    """Train, or resume an interrupted run, and return the metrics of the run."""
     start = [sys.executable, str(ROOT / f"{script}.py")]
     resume = (folder / "checkpoint.pt").exists()
     start += ["--resume", str(folder)] if resume else [*options, "--run-dir", str(folder)]
@@ -74,7 +74,7 @@ def finish(script: str, folder: Path, options: list[str]) -> EventAccumulator:
 
 
 def run(script: str, task: str, seed: int) -> list[list]:
-    """Gives the rows of a run for the results."""
+    """Run one task and return its rows for the results."""
     folder = ROOT / "runs" / "learning" / f"{script}__{task.replace('/', '-')}__{seed}"
     options = [
         "--env-id",
@@ -96,7 +96,7 @@ def run(script: str, task: str, seed: int) -> list[list]:
 
 
 def append(path: Path, columns: list[str], rows: list[list]) -> None:
-    """Adds rows to a CSV file in one write, for others may append too."""
+    """Append rows to a CSV file in one write, because other processes may append too."""
     path.parent.mkdir(exist_ok=True)
     with path.open("a", newline="") as file:
         header = [] if os.fstat(file.fileno()).st_size else [columns]
@@ -104,7 +104,7 @@ def append(path: Path, columns: list[str], rows: list[list]) -> None:
 
 
 def main(options: Options) -> None:
-    """Runs what is missing from the results, one run after the other."""
+    """Run what is missing from the results, one run after another."""
     jobs = [(seed, script) for seed in options.seeds for script in options.scripts]
     jobs = [(script, task, seed) for seed, script in jobs for task in options.tasks or TASKS[script]]
     for script, task, seed in jobs:

@@ -1,15 +1,15 @@
-"""How far a learned reward can be trusted: the built-in job of ppo_rlhf_llm.py, whose labeller is known.
+"""Measure reward over-optimisation on the built-in task of ppo_rlhf_llm.py, whose true reward is known.
 
-    python benchmarks/overoptimisation.py                  what is missing, then tables and picture
+    python benchmarks/overoptimisation.py                  run what is missing, then write tables and picture
 
-After Gao et al. 2022 (https://arxiv.org/abs/2210.10760): gold and learned reward against d, the square root
-of the KL to the SFT model, for reward models that learned from few choices and from many. PPO goes there
-under several penalties and under none; best-of-n takes of n answers of the SFT model the one that the reward
-model likes best. Then variants of PPO that are held at one KL. All runs of a seed have the same SFT model.
+After Gao et al. 2022 (https://arxiv.org/abs/2210.10760): true ("gold") and learned reward against d, the
+square root of the KL to the SFT model, for reward models trained on few and on many comparisons. PPO runs
+with several KL penalties and with none. Best-of-n selects, among n responses of the SFT model, the one with
+the highest learned reward. Then variants of PPO are compared at the same KL. All runs of a seed share one SFT
+model.
 
-A run has one thread, and there are as many at once as there are cores. One that was interrupted goes on from
-its checkpoint in runs/overoptimisation; one that is in results/overoptimisation_*.csv is not repeated. To
-repeat it, delete its rows. After a change of this file delete both.
+Each run uses one thread, with one run per core. Interrupted runs resume from runs/overoptimisation; runs in
+results/overoptimisation_*.csv are not repeated. After changing this file delete both.
 """
 
 import copy
@@ -34,19 +34,19 @@ rlhf = load("ppo_rlhf_llm")
 
 RUNS = ROOT / "runs" / "overoptimisation"
 SEEDS, PAIRS = (1, 2, 3), (20, 200, 2500)
-ANSWERS = 3200  # of a run
-SFT_ANSWERS = 2048  # to prompts of PPO, from which its gains are counted
-PROMPTS, SAMPLES = 48, 512  # best-of-n: prompts, answers to each
+ANSWERS = 3200  # responses per run
+SFT_ANSWERS = 2048  # responses of the SFT model: the baseline of PPO's gains
+PROMPTS, SAMPLES = 48, 512  # best-of-n: number of prompts, responses per prompt
 NUMBERS = [2**k for k in range(9)]  # n
-SAID = 10  # answers that are shown
+SAID = 10  # number of example responses
 PENALTIES = {
-    # not the defaults' step size: at 2e-4 without a penalty the KL is beyond 10 nats in five iterations
+    # smaller than the default 2e-4, which without a penalty exceeds 10 nats in five iterations
     f"beta {beta:g}": dict(kl_coef=beta, kl_target=None, learning_rate=1e-4, anneal_lr=False)
     for beta in (0.0, 0.01, 0.03, 0.1)
 }
 NO_PENALTY, BEST = "beta 0", "best of n"
 SLOW = {"beta 0, a quarter of the step size": PENALTIES[NO_PENALTY] | {"learning_rate": 2.5e-5}}
-HELD = {  # at 3 nats, by the controller
+HELD = {  # held at 3 nats by the controller
     "as shipped": {},
     "the whole answer is one action": dict(action_level="sequence"),
     "KL in the loss": dict(kl_in="loss"),
@@ -66,7 +66,7 @@ COLUMNS = {
 
 
 def learn_rewards(seed: int) -> dict[str, list]:
-    """Stage 1, then stage 2 from each number of pairs -> no rows, but a checkpoint for each."""
+    """Run stage 1, then stage 2 for each number of pairs; write a checkpoint for each and return no rows."""
     if all((RUNS / f"reward-{seed}-{pairs}" / "checkpoint.pt").exists() for pairs in PAIRS):
         return {}
     found = {}
@@ -82,7 +82,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
         folder = RUNS / f"reward-{seed}-{pairs}"
         folder.mkdir(parents=True, exist_ok=True)
         models.load_state_dict(sft)
-        # the fewer, the more often each is seen, so that all reward models see about as many in all
+        # more epochs for fewer pairs, so that all reward models see about the same number in total
         models.args = replace(args, num_pairs=pairs, reward_model_epochs=max(PAIRS) // pairs)
         torch.manual_seed(rlhf.derive_seed(seed, 2))
         end = rlhf.learn_reward(models, data, writer, step)
@@ -92,7 +92,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
 
 
 def load_run(folder, **options) -> tuple[rlhf.Args, rlhf.Models, dict]:
-    """Arguments (with other options), models and checkpoint of a run."""
+    """Return arguments (with some options replaced), models and checkpoint of a run."""
     args, checkpoint = replace(rlhf.load_args(folder), **options), rlhf.load_checkpoint(folder)
     models = rlhf.Models(args)
     models.load_state_dict(checkpoint["models"])
@@ -100,7 +100,7 @@ def load_run(folder, **options) -> tuple[rlhf.Args, rlhf.Models, dict]:
 
 
 def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
-    """Stage 3 -> a row for each iteration, and what the policy says in the end."""
+    """Run stage 3 and return a row for each iteration, and final example responses."""
     folder = RUNS / f"{variant}-{seed}-{pairs}".replace(" ", "-")
     if not (folder / "checkpoint.pt").exists():
         options = VARIANTS[variant] | {"run_dir": str(folder)}
@@ -113,7 +113,7 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
     for k, metrics in enumerate(history):
         numbers = [f"{metrics[f'rlhf/{name}']:.4g}" for name in ("kl", "score", "gold")]
         curve.append([variant, seed, pairs, k, *numbers])
-    if (variant, seed) != (NO_PENALTY, SEEDS[0]):  # the answers of one run are enough to be shown
+    if (variant, seed) != (NO_PENALTY, SEEDS[0]):  # example responses of one run are enough
         return {"curves": curve}
     _, models, _ = load_run(folder)
     _, rows = rlhf.evaluate(models, rlhf.load_data(models))
@@ -122,9 +122,9 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
 
 
 def best_of_n(seed: int) -> dict[str, list]:
-    """Answers of the SFT model, and what each reward model would have chosen among n of them.
+    """Sample responses of the SFT model and compute best-of-n for each reward model.
 
-    Besides, what each thinks of one answer to prompts of PPO: from there gains are counted.
+    Also score one response to each training prompt: the baseline of PPO's gains.
     """
     rows, sft_rows, answers, gold = [], [], [], []
     for pairs in PAIRS:
@@ -153,15 +153,15 @@ def best_of_n(seed: int) -> dict[str, list]:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n, what is sampled) in nats, if no answer comes twice; else it is less."""
+    """Return KL(best of n, SFT model) in nats, an upper bound if responses repeat."""
     return math.log(n) - (n - 1) / n
 
 
 def expected_best(scores: np.ndarray, gold: np.ndarray, n: int) -> tuple[float, float]:
-    """Expected score and gold of the answer with the highest score among n, without bias.
+    """Return unbiased estimates of learned and gold reward of the response with the highest score among n.
 
-    scores, gold (prompts, M): the mean over all choices of n among the M answers to a prompt. The one with
-    the k-th lowest score (from 0) is the best in C(k, n - 1) of these C(M, n).
+    scores and gold (prompts, M): the mean over all subsets of n among the M responses to a prompt. The
+    response with the k-th lowest score (from 0) is the best in C(k, n - 1) of the C(M, n) subsets.
     """
     size = scores.shape[1]
     chance = [math.comb(k, n - 1) / math.comb(size, n) for k in range(size)]
@@ -173,7 +173,7 @@ def expected_best(scores: np.ndarray, gold: np.ndarray, n: int) -> tuple[float, 
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """The rows of a table that are there."""
+    """Return the rows of a table."""
     path = RESULTS / f"overoptimisation_{name}.csv"
     if not path.exists():
         return []
@@ -182,14 +182,14 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def write(name: str, rows: list[list]) -> None:
-    """Adds rows to a table."""
+    """Append rows to a table."""
     path = RESULTS / f"overoptimisation_{name}.csv"
     with path.open("a", newline="") as file:
         csv.writer(file).writerows(rows if file.tell() else [COLUMNS[name], *rows])
 
 
 def missing() -> Iterator[list[tuple]]:
-    """What is not in the tables, (function, *its arguments): first what the rest needs, then that."""
+    """Yield (function, *arguments) of the runs missing from the tables; runs come after those they need."""
     done = {(row["variant"], int(row["seed"]), int(row["pairs"])) for row in read("curves")}
     wanted = [*itertools.product(PENALTIES, SEEDS, PAIRS), *itertools.product(SLOW | HELD, SEEDS, PAIRS[-1:])]
     jobs = [
@@ -202,7 +202,7 @@ def missing() -> Iterator[list[tuple]]:
 
 
 def quietly(job: tuple) -> tuple[dict[str, list], str]:
-    """Calls a function in a process of the pool -> what it gives, and how long it took."""
+    """Call a function in a process of the pool and return its result and its seconds."""
     function, *inputs = job
     started = time.perf_counter()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -211,7 +211,7 @@ def quietly(job: tuple) -> tuple[dict[str, list], str]:
 
 
 def set_up_worker() -> None:
-    """One thread; and its end when the parent ends, however that does."""
+    """Set one thread, and let the process end when its parent ends."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
@@ -225,10 +225,10 @@ BANDS = (1, 2, 4, 8, 16, 32, 64, math.inf)  # nats
 
 
 def points(way: str, pairs: int) -> list[np.ndarray]:
-    """Of each seed KL, learned and gold, (rows, 3): a row for an iteration of PPO, or for a number n.
+    """Return KL, learned and gold reward of each seed, (rows, 3); one row per iteration of PPO or per n.
 
-    Both rewards as gains over one answer of the SFT model to the same kind of prompt, in standard deviations
-    of the SFT model (the reward models' own unit).
+    Both rewards are gains over one response of the SFT model to the same kind of prompt, in standard
+    deviations of the SFT model's rewards.
     """
     rows, found = read("best_of_n"), []
     if way != BEST:
@@ -245,7 +245,7 @@ def points(way: str, pairs: int) -> list[np.ndarray]:
 
 
 def fit_form(d: np.ndarray, gain: np.ndarray, form: Callable) -> tuple[float, float, float]:
-    """Least squares of gain = d (alpha - beta form(d)) -> alpha, beta, standard deviation of the rest."""
+    """Fit gain = d (alpha - beta form(d)) by least squares; return alpha, beta and the residual deviation."""
     columns = np.stack((d, -d * form(d)), 1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, gain)
     rest = gain - columns @ (alpha, beta)
@@ -253,18 +253,18 @@ def fit_form(d: np.ndarray, gain: np.ndarray, form: Callable) -> tuple[float, fl
 
 
 def fit_gold(rows: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Both forms, fitted to the gold of points."""
+    """Fit both forms to the gold reward of points."""
     kl, _, gold = rows[rows[:, 0] > 0].T
     return {way: fit_form(np.sqrt(kl), gold, form) for way, form in FORMS.items()}
 
 
 def ends(way: str, pairs: int) -> np.ndarray:
-    """KL, learned and gold of each seed, means of the last ten iterations, (seeds, 3)."""
+    """Return KL, learned and gold reward of each seed, means of the last ten iterations, (seeds, 3)."""
     return np.array([rows[-10:].mean(0) for rows in points(way, pairs)])
 
 
 def in_bands(way: str, pairs: int) -> list[str]:
-    """Learned and gold where the KL is in each band: means over iterations of all seeds, and their number."""
+    """Return mean learned and gold reward of the iterations whose KL lies in each band, and their number."""
     rows, cells = np.concatenate(points(way, pairs)), []
     for low, high in itertools.pairwise(BANDS):
         _, learned, gold = rows[(rows[:, 0] >= low) & (rows[:, 0] < high)].T
@@ -273,7 +273,7 @@ def in_bands(way: str, pairs: int) -> list[str]:
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> list[str]:
-    """Lines of Markdown; of an array the numbers of its seeds are joined."""
+    """Format a Markdown table; arrays become the numbers of their seeds."""
     lines = ["", title, "", f"| {' | '.join(columns)} |", "|-" * len(columns) + "|"]
     for row in rows:
         cells = [
@@ -284,7 +284,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> list[str]:
 
 
 def report() -> list[str]:
-    """The tables."""
+    """Return the report as Markdown."""
     lines = ["Learned reward and gold are gains over the SFT model, in its standard deviations. Three seeds."]
     sft = {(row["seed"], row["pairs"]): float(row["agreement"]) for row in read("sft")}
     rows = [[f"{n:,}", ", ".join(f"{sft[str(seed), str(n)]:.1%}" for seed in SEEDS)] for n in PAIRS]
@@ -335,12 +335,12 @@ def report() -> list[str]:
 
 
 def smooth(rows: np.ndarray, reach: int = 2) -> np.ndarray:
-    """Means over so many rows to either side."""
+    """Smooth with a moving average over the given number of rows on either side."""
     return np.array([rows[max(0, k - reach) : k + reach + 1].mean(0) for k in range(len(rows))])
 
 
 def draw() -> None:
-    """overoptimisation.png: a column for each reward model."""
+    """Draw overoptimisation.png, one column per reward model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,10 @@
-"""Where an iteration of ppo_continuous.py spends its time, eager and with --compile.
+"""Measure where an iteration of ppo_continuous.py spends its time, eager and with --compile.
 
-    python benchmarks/parts.py                             writes benchmarks/results/parts.csv
+    python benchmarks/parts.py                             write benchmarks/results/parts.csv
 
 HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches, one thread. Functions of the script are
-wrapped with a clock, which itself costs a microsecond a call. Milliseconds, medians over iterations.
+wrapped with a timer, which costs about a microsecond per call. Values are milliseconds, medians over
+iterations.
 """
 
 import itertools
@@ -22,7 +23,7 @@ PARTS = ("environment", "policy", "sums", "gradient", "adam")
 
 
 def milliseconds(compile: bool) -> list[float]:
-    """Of the parts, of the rest, and of the whole iteration."""
+    """Return milliseconds of each part, of the rest, and of the whole iteration."""
     ppo = load("ppo_continuous")
     spent, snapshots = defaultdict(float), []
 

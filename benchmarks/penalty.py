@@ -1,10 +1,10 @@
-"""The KL penalty, adaptive and fixed, beside the clip; and its controller at work.
+"""Compare the adaptive KL penalty, the fixed KL penalty and clipping, and record the KL controller.
 
-    python benchmarks/penalty.py                           all of it (hours); goes on where it was interrupted
+    python benchmarks/penalty.py                           everything (hours); continues if interrupted
     python benchmarks/penalty.py --variants adaptive --tasks Ant-v5
-    python benchmarks/plot.py                              draws benchmarks/results/penalty.csv
+    python benchmarks/plot.py                              draw benchmarks/results/penalty.csv
 
-Needs requirements-extra.txt. Runs are kept in runs/penalty while they last.
+Requires requirements-extra.txt. Unfinished runs are kept in runs/penalty.
 """
 
 import csv
@@ -20,7 +20,7 @@ TARGETS = ["0.003", "0.01", "0.03"]
 VARIANTS = {
     "clip": "ppo_continuous",
     "adaptive": "ppo_penalty",
-    "fixed": "ppo_penalty --kl-coef 1 --no-adaptive",
+    "fixed": "ppo_penalty --kl-coef 1 --kl-target None",
     "clip 3e-4": "ppo_continuous --learning-rate 3e-4",
     "adaptive 3e-4": "ppo_penalty --learning-rate 3e-4 --num-minibatches 16",
 } | {f"target {target}": f"ppo_penalty --kl-target {target}" for target in TARGETS}
@@ -34,7 +34,7 @@ for seed in (1, 2, 3):
 
 @dataclass
 class Options:
-    """What to run."""
+    """Options of this benchmark."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
@@ -42,7 +42,7 @@ class Options:
 
 
 def rows_done() -> set[tuple[str, str, str]]:
-    """(variant, task, seed) of the runs whose evaluation is in the results."""
+    """Return (variant, task, seed) of the runs whose evaluation is in the results."""
     if not RESULTS.exists():
         return set()
     with RESULTS.open() as file:
@@ -51,7 +51,7 @@ def rows_done() -> set[tuple[str, str, str]]:
 
 
 def run(variant: str, task: str, seed: int, steps: int) -> list[list]:
-    """Gives the rows of a run for the results."""
+    """Run one variant on one task and return its rows for the results."""
     folder = ROOT / "runs" / "penalty" / f"{variant.replace(' ', '-')}__{task}__{seed}"
     script, *options = VARIANTS[variant].split()
     options += ["--env-id", task, "--seed", str(seed), "--total-timesteps", str(steps)]
@@ -71,7 +71,7 @@ def run(variant: str, task: str, seed: int, steps: int) -> list[list]:
 
 
 def main(options: Options) -> None:
-    """Runs what is missing from the results, one run after the other."""
+    """Run what is missing from the results, one run after another."""
     for variant, task, seed, steps in JOBS:
         wanted = variant in options.variants and task in options.tasks and seed in options.seeds
         if wanted and (variant, task, str(seed)) not in rows_done():

@@ -1,4 +1,4 @@
-"""Draws results/learning.csv, penalty.csv and rlhf.csv into PNG files and prints the tables for README.md.
+"""Draw results/learning.csv, penalty.csv and rlhf.csv as PNG files and print the tables for README.md.
 
 python benchmarks/plot.py
 """
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
-    """For each script one panel a task, one line a seed, a dot where the final evaluation came out."""
+    """Draw one panel per task and one line per seed; dots show the final evaluations."""
     with (RESULTS / "learning.csv").open() as file:
         rows = list(csv.DictReader(file))
     for script in dict.fromkeys(row["script"] for row in rows):
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def draw(script: str, rows: list[dict[str, str]]) -> None:
-    """Writes the picture of one script and prints its table."""
+    """Write the picture of one script and print its table."""
     curves, evaluations = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
     for row in rows:
         task, seed, point = row["task"], int(row["seed"]), (int(row["steps"]), float(row["value"]))
@@ -67,7 +67,7 @@ def draw(script: str, rows: list[dict[str, str]]) -> None:
 
 
 def draw_controller(rows: list[dict[str, str]]) -> None:
-    """KL and coefficient over time for each target, and how near the KL was to it."""
+    """Draw KL and coefficient over time for each target, and print how close the KL came to it."""
     curves = defaultdict(list)
     for row in rows:
         curves[row["variant"].split()[1], row["what"]].append((int(row["steps"]), float(row["value"])))
@@ -91,7 +91,7 @@ def draw_controller(rows: list[dict[str, str]]) -> None:
 
 
 def compare(rows: list[dict[str, str]]) -> None:
-    """One line a task, one column a variant: the evaluations of all seeds and their median."""
+    """Print a table of tasks and variants: evaluations of all seeds, and the median."""
     evaluations = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         if row["what"] == "eval/episodic_return":
@@ -107,7 +107,7 @@ def compare(rows: list[dict[str, str]]) -> None:
 
 
 def draw_rlhf(rows: list[dict[str, str]]) -> None:
-    """Score, gold and KL of each seed over the answers, and a table of the evaluations."""
+    """Draw score, true reward and KL of each seed, and print a table of the evaluations."""
     curves, evaluations = defaultdict(list), defaultdict(dict)
     for row in rows:
         point = (int(row["step"]), float(row["value"]))

@@ -1,11 +1,12 @@
-"""Steps per second of one process and of two under torchrun, where environments are expensive and where not.
+"""Compare steps per second of one process and of two under torchrun, for slow and fast environments.
 
-    python benchmarks/processes.py                         writes benchmarks/results/processes.csv
+    python benchmarks/processes.py                         write benchmarks/results/processes.csv
 
-Humanoid-v5 and HalfCheetah-v5 with ppo_continuous, CartPole-v1 with ppo_discrete: 8 environments x 256 steps
-and all else as shipped; Humanoid-v5 also with 4 minibatches, which exchange a quarter as often. One thread a
-process. Rates are charts/SPS of the run, the median over iterations after the first; one and two take turns.
-Needs requirements-extra.txt.
+Humanoid-v5 and HalfCheetah-v5 with ppo_continuous, CartPole-v1 with ppo_discrete: 8 environments x 256 steps,
+other options at their defaults. Humanoid-v5 also with 4 minibatches, which exchange gradients a quarter as
+often.
+One thread per process. Rates are the median of charts/SPS after the first iteration; one and two processes
+alternate. Requires requirements-extra.txt.
 """
 
 import csv
@@ -25,7 +26,7 @@ TURNS, ITERATIONS = 3, 8
 
 
 def steps_per_second(job: str, processes: int) -> float:
-    """Of a short run."""
+    """Return steps per second of a short run."""
     env_id, *options = job.split()
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:

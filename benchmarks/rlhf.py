@@ -1,9 +1,9 @@
-"""How well the built-in job of ppo_rlhf_llm.py is learned: its defaults on several seeds.
+"""Train ppo_rlhf_llm.py on its built-in task with the default options and several seeds.
 
-    python benchmarks/rlhf.py                              all seeds; goes on where it was interrupted
-    python benchmarks/plot.py                              draws benchmarks/results/rlhf.csv
+    python benchmarks/rlhf.py                              all seeds; continues if interrupted
+    python benchmarks/plot.py                              draw benchmarks/results/rlhf.csv
 
-Runs are kept in runs/rlhf while they last; a seed takes about three minutes on two cores.
+Unfinished runs are kept in runs/rlhf. One seed takes about three minutes on two cores.
 """
 
 import csv
@@ -19,13 +19,13 @@ TAGS = ["reward_model/accuracy", "rlhf/score", "rlhf/gold", "rlhf/kl"]
 
 @dataclass
 class Options:
-    """What to run."""
+    """Options of this benchmark."""
 
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
 
 
 def main(options: Options) -> None:
-    """Runs what is missing from the results, one run after the other."""
+    """Run what is missing from the results, one run after another."""
     for seed in options.seeds:
         if RESULTS.exists():
             with RESULTS.open() as file:

@@ -1,11 +1,11 @@
-"""Memory that the logits of a large vocabulary cost ppo_rlhf_llm.py: in chunks, and all at once.
+"""Measure the memory of the logits of a large vocabulary in ppo_rlhf_llm.py, in chunks and all at once.
 
-    python benchmarks/rlhf_memory.py                       writes benchmarks/results/rlhf_memory.csv
+    python benchmarks/rlhf_memory.py                       write benchmarks/results/rlhf_memory.csv
 
-Four models with the vocabulary of Bloom, 250,880 tokens, and 64 numbers in a hidden state. Each row of the
-table is the most that tensors took at once, beside weights and gradients that are there before, while
-answers are assessed, while a minibatch of them adds its gradients (with the exact KL in the loss), and while
-texts of stage 1 do.
+Four models with the vocabulary of Bloom (250,880 tokens) and a hidden size of 64. Each row of the table is
+the peak memory of tensors, without the weights and gradients that exist before, while responses are assessed,
+while a minibatch computes its gradients (with the exact KL in the loss), and while stage 1 computes its
+gradients.
 """
 
 import csv
@@ -25,7 +25,7 @@ VOCABULARY, WIDTH, LENGTH = 250_880, 64, 64
 
 
 def peak(function: Callable) -> int:
-    """MiB that tensors take at once while the function runs, at most."""
+    """Return the peak MiB of tensors while the function runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         function()
     events = sorted(run.events(), key=lambda event: event.time_range.start)
@@ -33,7 +33,7 @@ def peak(function: Callable) -> int:
 
 
 def measure(rlhf: ModuleType, models: torch.nn.Module, answers: int, chunk: int) -> dict[str, int]:
-    """A row of the table: so many answers, so many logits at once."""
+    """Return a row of the table for a number of responses and of logits per chunk."""
     rlhf.LOGITS_AT_ONCE = chunk
     ids = torch.randint(256, (answers, 16 + LENGTH))
     attention, mask = torch.ones_like(ids), torch.ones(answers, LENGTH, dtype=torch.bool)
@@ -54,9 +54,9 @@ def main() -> None:
     spec.loader.exec_module(rlhf)
     rlhf.ByteTokenizer.size = VOCABULARY
     models = rlhf.Models(rlhf.Args(width=WIDTH, num_minibatches=1, kl_in="loss"))
-    rlhf.flatten_parameters(torch.nn.ModuleList([models.actor, models.critic]))  # gradients, too
+    rlhf.flatten_parameters(torch.nn.ModuleList([models.actor, models.critic]))  # and their gradients
     sizes = itertools.product((2, 8, 32), (2**22, 2**24, 2**34))
-    table = [measure(rlhf, models, *size) for size in sizes if size != (32, 2**34)]  # that one takes 18 GB
+    table = [measure(rlhf, models, *size) for size in sizes if size != (32, 2**34)]  # would take 18 GB
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()

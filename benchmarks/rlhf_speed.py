@@ -1,10 +1,10 @@
-"""Seconds per iteration of ppo_rlhf_llm.py against TRL 1.12.0, the last with PPO, on the same work.
+"""Compare seconds per iteration of ppo_rlhf_llm.py and TRL 1.12.0, the last with PPO, on the same work.
 
-    python benchmarks/rlhf_speed.py                        writes benchmarks/results/rlhf_speed.csv
+    python benchmarks/rlhf_speed.py                        write benchmarks/results/rlhf_speed.csv
 
-Four models of 0.83 million parameters, 64 prompts of 16 tokens, answers of 32, 4 epochs, one minibatch, two
-threads. The sides take turns, each in a fresh process, so that a noisy machine disturbs all alike; what
-counts is the ratio of the medians. TRL is installed into an environment of its own, runs/trl.
+Four models of 0.83 million parameters, 64 prompts of 16 tokens, responses of 32 tokens, 4 epochs, one
+minibatch, two threads. The two alternate, each in a fresh process, so that noise on the machine affects both;
+compare the ratio of the medians. TRL is installed into its own environment, runs/trl.
 """
 
 import subprocess
@@ -22,14 +22,14 @@ N, P, L, V, WIDTH, LAYERS, HEADS = 64, 16, 32, 258, 128, 4, 4
 
 
 def ours(bf16: bool) -> list[float]:
-    """The moments at which iterations end."""
+    """Return the times at which iterations end."""
     rlhf = load("ppo_rlhf_llm")
     import torch
 
     torch.set_num_threads(2)
     moments, explained_variance = [], rlhf.explained_variance  # called once, at the end of an iteration
     rlhf.explained_variance = lambda *x: moments.append(time.perf_counter()) or explained_variance(*x)
-    rlhf.ByteTokenizer.eos_token_id = -1  # no answer ends early
+    rlhf.ByteTokenizer.eos_token_id = -1  # no response ends early
     rlhf.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
     rlhf.fine_tune = rlhf.learn_reward = lambda *_: 0
     rlhf.evaluate = lambda *_: ({}, [])
@@ -37,13 +37,13 @@ def ours(bf16: bool) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(layers=LAYERS, heads=HEADS, width=WIDTH, batch_size=N, answer_length=L)
         work = dict(num_minibatches=1, update_epochs=4, total_episodes=N * ITERATIONS, bf16=bf16)
-        work |= dict(checkpoint_every=ITERATIONS)  # TRL saves nothing here, either
+        work |= dict(checkpoint_every=ITERATIONS)  # TRL saves no checkpoints here, either
         rlhf.train(rlhf.Args(**shape, **work, run_dir=f"{folder}/run"))
     return moments
 
 
 def trl() -> list[float]:
-    """The same for TRL's PPOTrainer."""
+    """Return the times at which iterations of TRL's PPOTrainer end."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -82,15 +82,15 @@ SIDES = {"ours": lambda: ours(bf16=False), "ours --bf16": lambda: ours(bf16=True
 
 
 def measure(_: int, side: str) -> tuple[float, int]:
-    """Seconds of an iteration and peak memory of a turn in a fresh process."""
+    """Return the seconds of an iteration and the peak memory, measured in a fresh process."""
     python = TRL / "bin" / "python" if side == "trl" else sys.executable
     seconds, mebibytes = (float(word) for word in in_fresh_process(side, python=python))
     return round(seconds, 3), round(mebibytes)
 
 
 def main() -> None:
-    """Measures the sides in turns and writes the results."""
-    if sys.argv[1:]:  # one turn of one side
+    """Measure both in turn and write the results."""
+    if sys.argv[1:]:  # measure one of them once
         moments = SIDES[sys.argv[1]]()
         print((moments[-1] - moments[0]) / (len(moments) - 1), peak_mebibytes())
         return

@@ -1,11 +1,12 @@
-"""Seconds of training until 20 deterministic episodes average a bar, against tuned stable-baselines3.
+"""Measure the training time until the task is solved, against tuned stable-baselines3.
 
-    python benchmarks/solve.py                             writes benchmarks/results/solve.csv
+    python benchmarks/solve.py                             write benchmarks/results/solve.csv
 
-Pendulum-v1 to -200 and CartPole-v1 to 475, seeds 1 to 5, one thread each. After every few thousand steps the
-clock stops, and the agent plays. The other side has the settings of rl-baselines3-zoo; ours are the shipped
-defaults and one command for each task, below. The sides take turns, each in a fresh process.
-Runs that are in the table already are not repeated. Needs requirements-extra.txt.
+A task is solved when 20 deterministic episodes average -200 (Pendulum-v1) or 475 (CartPole-v1). Seeds 1 to 5,
+one thread each. Every few thousand steps the timer stops and the agent is evaluated. stable-baselines3 uses
+the settings of rl-baselines3-zoo; this project uses its defaults and one command for each task, given below.
+They alternate, each in a fresh process. Runs already in the table are not repeated. Requires
+requirements-extra.txt.
 """
 
 import sys
@@ -63,12 +64,12 @@ ZOO = {
 
 
 class Solved(Exception):
-    """The bar is reached."""
+    """The task is solved."""
 
 
 @dataclass
 class Clock:
-    """Counts seconds of training, and stops while the agent plays."""
+    """Count the seconds of training, without those of evaluation."""
 
     env_id: str
     seconds: float = 0.0
@@ -77,7 +78,7 @@ class Clock:
     next: int = 0
 
     def look(self, steps: int, act: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Plays if it is time; raises Solved if the episodes are good enough."""
+        """Evaluate if it is time. Raises Solved if the mean return reaches the threshold."""
         self.steps = steps
         if steps < self.next:
             return
@@ -89,7 +90,7 @@ class Clock:
 
 
 def play(env_id: str, act: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean return of 20 episodes, one in each of 20 environments."""
+    """Return the mean return of 20 episodes, one in each of 20 environments."""
     envs = gym.make_vec(env_id, 20, vectorization_mode="sync")
     obs, _ = envs.reset(seed=[1000 + i for i in range(20)])
     returns, playing = np.zeros(20), np.ones(20, dtype=bool)
@@ -101,13 +102,13 @@ def play(env_id: str, act: Callable[[np.ndarray], np.ndarray]) -> float:
 
 
 def script(clock: Clock, seed: int, **options: float) -> None:
-    """Trains with the project's script."""
+    """Train with the project's script."""
     ppo = load(SCRIPTS[clock.env_id])
     agents, flatten, explained_variance = [], ppo.flatten_parameters, ppo.explained_variance
     ppo.flatten_parameters = lambda agent: agents.append(agent) or flatten(agent)
 
     def at_the_end_of_an_iteration(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-        clock.look(clock.steps + len(values), lambda obs: agents[0].act(obs, deterministic=True))
+        clock.look(clock.steps + values.numel(), lambda obs: agents[0].act(obs, deterministic=True))
         return explained_variance(values, returns)
 
     ppo.explained_variance = at_the_end_of_an_iteration
@@ -119,17 +120,17 @@ def script(clock: Clock, seed: int, **options: float) -> None:
 
 
 def defaults(clock: Clock, seed: int) -> None:
-    """The script as it is shipped."""
+    """Train with the default options."""
     script(clock, seed)
 
 
 def command(clock: Clock, seed: int) -> None:
-    """The script with the options of the documented command."""
+    """Train with the options in COMMANDS."""
     script(clock, seed, **COMMANDS[clock.env_id])
 
 
 def stable_baselines3(clock: Clock, seed: int) -> None:
-    """Trains with stable_baselines3.PPO and the zoo's settings."""
+    """Train with stable_baselines3.PPO and the settings of rl-baselines3-zoo."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -155,7 +156,7 @@ SIDES = (defaults, command, stable_baselines3)
 
 
 def main() -> None:
-    """Measures all sides in turns, and goes on where it was interrupted."""
+    """Measure all in turn, and continue where an earlier call was interrupted."""
     if sys.argv[1:]:
         env_id, seed, name = sys.argv[1:]
         clock, side = Clock(env_id), next(side for side in SIDES if side.__name__ == name)

@@ -1,11 +1,10 @@
-"""All that is measured of speed, in one run: a table, a picture, the machine, the versions, the commands.
+"""Run all speed benchmarks and report them with the machine, the versions and the commands.
 
-    python benchmarks/speed.py                             writes benchmarks/results/speed.md and speed.png
+    python benchmarks/speed.py                             write benchmarks/results/speed.md and speed.png
 
-Runs steps.py, parts.py, rlhf_speed.py, growth.py, solve.py and gpu.py one after the other, about an hour on
-a machine that should do nothing else. Interrupted, it goes on where it was; what is in benchmarks/results
-already is not measured again, so to repeat it delete the CSV files of that list. README.md quotes the tables.
-Needs requirements-extra.txt.
+Runs steps.py, parts.py, rlhf_speed.py, growth.py, solve.py and gpu.py one after another, about an hour on an
+idle machine. Continues if interrupted. Measurements in benchmarks/results are not repeated: delete the CSV
+files of these scripts to measure again. README.md quotes the tables. Requires requirements-extra.txt.
 """
 
 import csv
@@ -45,7 +44,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine() -> str:
-    """What it was measured on, and with."""
+    """Describe the machine and the versions of the libraries."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -57,7 +56,7 @@ def machine() -> str:
 
 
 def ratio(rows: list[dict], column: str, above: dict, below: dict) -> str:
-    """The ratio of the medians, and between what the ratios of single turns lie."""
+    """Format the ratio of the medians and the range of the ratios of single turns."""
     each = [a / b for a, b in zip(values(rows, column, **above), values(rows, column, **below), strict=True)]
     medians = median(rows, column, **above) / median(rows, column, **below)
     return f"{medians:.2f} ({min(each):.2f} to {max(each):.2f})"
@@ -76,7 +75,7 @@ def steps_table(rows: list[dict]) -> str:
 
 
 def single_numbers(rows: list[dict]) -> str:
-    """What is no comparison of steps per second."""
+    """Return the rows that do not compare steps per second."""
     alone = dict(job="half_cheetah", side="environment")
     shares = [
         ratio(rows, "processor", dict(job="half_cheetah", side=side), alone) for side in ("ours", "compiled")
@@ -122,12 +121,12 @@ def rlhf_table(rows: list[dict]) -> str:
 
 
 def least(rows: list[dict], column: str, **key: object) -> float:
-    """The smallest of the turns: other programs only add."""
+    """Return the minimum over the turns, because other programs can only add to it."""
     return min(values(rows, column, **key))
 
 
 def growth_table(rows: list[dict]) -> str:
-    """Seconds and MiB at each size, the least of the turns."""
+    """Return the minimum seconds and MiB over the turns, for each size."""
     lines = []
     for key in dict.fromkeys((row["grows"], row["variant"]) for row in rows):
         some = dict(zip(("grows", "variant"), key, strict=True))
@@ -139,7 +138,7 @@ def growth_table(rows: list[dict]) -> str:
 
 
 def draw(steps: list[dict], rlhf: list[dict], solve: list[dict], growth: list[dict]) -> None:
-    """Three rows: against peers, time as sizes grow, memory as sizes grow."""
+    """Draw three rows of panels: speed against peers, time by size, memory by size."""
     figure, panels = plt.subplots(3, 4, figsize=(15, 10), layout="constrained")
     compared = (
         ("HalfCheetah-v5, steps per second", steps, "processor", dict(job="half_cheetah"), SIDES),

@@ -1,16 +1,17 @@
-"""Steps per second of the scripts, eager and with --compile, against stable-baselines3 on the same work.
+"""Compare steps per second of the scripts, eager and with --compile, and stable-baselines3 on the same work.
 
-    python benchmarks/steps.py                             writes benchmarks/results/steps.csv
+    python benchmarks/steps.py                             write benchmarks/results/steps.csv
 
-half_cheetah: ppo_continuous on HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches, both
-normalisations; also the environment alone, with random actions. cart_pole: ppo_discrete on CartPole-v1, 4
-environments x 128 steps, 4 epochs, 4 minibatches, no normalisations of the task. learning_step: gradient and
-Adam's update for 64 rows of HalfCheetah. start: seconds from the shell to the first gradient, Pendulum-v1,
-8 environments x 256 steps. One thread each; training only, the first rollout (and what is compiled in it) is
-warm-up.
-The sides take turns, each in a fresh process, so that a noisy machine disturbs all alike; what counts is the
-ratio of the medians. Rates are told by the clock on the wall and by the processor time that the process
-got, which other programs on the machine disturb less. Needs requirements-extra.txt.
+half_cheetah: ppo_continuous on HalfCheetah-v5, 1 environment x 2048 steps, 10 epochs, 32 minibatches,
+observations and rewards normalised; also the environment alone, with random actions.
+cart_pole: ppo_discrete on CartPole-v1, 4 environments x 128 steps, 4 epochs, 4 minibatches, without
+normalisation.
+learning_step: gradient and Adam's update for 64 rows of HalfCheetah.
+start: seconds from the shell to the first gradient, Pendulum-v1, 8 environments x 256 steps.
+One thread each. Only training is timed; the first rollout, which includes compilation, is not counted.
+Scripts and peer alternate, each in a fresh process, so that noise on the machine affects all of them; compare
+the ratio of the medians. Rates are given by wall clock and by processor time, which other programs on the
+machine disturb less. Requires requirements-extra.txt.
 """
 
 import sys
@@ -21,7 +22,7 @@ import torch
 from common import in_fresh_process, load, measured
 
 TURNS = 5
-WORK = {  # options of the scripts; normalisation is a wrapper on the other side
+WORK = {  # options of the scripts; stable-baselines3 normalises with a wrapper
     "half_cheetah": dict(
         env_id="HalfCheetah-v5", num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10
     ),
@@ -36,7 +37,7 @@ WORK = {  # options of the scripts; normalisation is a wrapper on the other side
     ),
 }
 SCRIPTS = {"half_cheetah": "ppo_continuous", "cart_pole": "ppo_discrete"}
-ROLLOUTS = {"half_cheetah": 6, "cart_pole": 100}  # the first is not counted
+ROLLOUTS = {"half_cheetah": 6, "cart_pole": 100}  # the first one is not counted
 
 Moment = tuple[float, float]  # wall clock, processor time
 
@@ -50,7 +51,7 @@ def rows(job: str) -> int:
 
 
 def ours(job: str, **options: bool) -> list[Moment]:
-    """The moments at which iterations of the script end."""
+    """Return the times at which iterations of the script end."""
     ppo = load(SCRIPTS[job])
     moments, explained_variance = [], ppo.explained_variance  # called once, at the end of an iteration
     ppo.explained_variance = lambda *x: moments.append(now()) or explained_variance(*x)
@@ -62,12 +63,12 @@ def ours(job: str, **options: bool) -> list[Moment]:
 
 
 def compiled(job: str) -> list[Moment]:
-    """The same with --compile."""
+    """Return the times at which iterations end with --compile."""
     return ours(job, compile=True)
 
 
 def environment(job: str) -> list[Moment]:
-    """The environment alone, with random actions, a moment for each rollout."""
+    """Step the environment alone with random actions, and return the time after each rollout."""
     import gymnasium as gym
 
     env, moments = gym.make(WORK[job]["env_id"]), []
@@ -83,7 +84,7 @@ def environment(job: str) -> list[Moment]:
 
 
 def stable_baselines3(job: str) -> list[Moment]:
-    """The same for stable_baselines3.PPO."""
+    """Measure stable_baselines3.PPO."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -111,11 +112,11 @@ def stable_baselines3(job: str) -> list[Moment]:
         device="cpu",
     )
     agent.learn(rows(job) * ROLLOUTS[job], callback=Clock())
-    return [*moments[1:], now()]  # the first rollout begins where no iteration has ended
+    return [*moments[1:], now()]  # the first callback precedes all training
 
 
 def learning_steps(compile: bool) -> list[Moment]:
-    """Moments before and after 3000 learning steps of ppo_continuous: a gradient and Adam's update each."""
+    """Return the times before and after 3000 learning steps of ppo_continuous."""
     ppo = load("ppo_continuous")
     torch.set_num_threads(1)
     args, size = ppo.Args(), 17
@@ -127,7 +128,7 @@ def learning_steps(compile: bool) -> list[Moment]:
     gradient_of = ppo.compiled(ppo.minibatch_gradient, args) if compile else ppo.minibatch_gradient
     moments = []
     for step in range(100 + 3000):
-        if step == 100:  # warm
+        if step == 100:  # warm-up ends
             moments.append(now())
         weights.grad, *_ = gradient_of(agent, minibatches[step % 32], args)
         optimizer.step()
@@ -135,7 +136,7 @@ def learning_steps(compile: bool) -> list[Moment]:
 
 
 def first_gradient() -> float:
-    """The time of day when ppo_continuous, with its defaults, is about to take its first gradient."""
+    """Return the time of day just before ppo_continuous computes its first gradient with default options."""
     ppo = load("ppo_continuous")
 
     def stop(*_) -> None:
@@ -151,7 +152,7 @@ def first_gradient() -> float:
 
 
 def first_gradient_of_stable_baselines3() -> float:
-    """The same for stable_baselines3.PPO."""
+    """Measure stable_baselines3.PPO."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -174,7 +175,7 @@ SIDES = {
 
 
 def turn(job: str, side: str) -> tuple[float, float]:
-    """Steps per second on the wall and of processor time; of a start, when it was."""
+    """Return steps per second of wall clock and of processor time; for a start, the time of day."""
     if job == "start":
         return (first_gradient() if side == "ours" else first_gradient_of_stable_baselines3()), 0.0
     if job == "learning_step":
@@ -186,7 +187,7 @@ def turn(job: str, side: str) -> tuple[float, float]:
 
 
 def measure(job: str, _: int, side: str) -> tuple[float, float | str]:
-    """The same in a fresh process; a start in seconds."""
+    """Measure in a fresh process; for a start, return its seconds."""
     called = time.time()
     wall, processor = (float(word) for word in in_fresh_process(job, side))
     return (round(wall - called, 2), "") if job == "start" else (round(wall), round(processor))
