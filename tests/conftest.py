@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-# pytest -n auto has a process for each core; before torch is imported, and for the scripts that tests start
+# one thread, because pytest -n auto uses all cores; set before torch is imported, inherited by subprocesses
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def what_main_sets_for_its_process():
-    """Is as before after every test."""
+    """Restore the SIGTERM handler and threading.excepthook after every test."""
     handler, hook = signal.getsignal(signal.SIGTERM), threading.excepthook
     yield
     signal.signal(signal.SIGTERM, handler)

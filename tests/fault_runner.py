@@ -1,6 +1,6 @@
-"""Runs a script as the shell does, but checkpoints take long to write: python fault_runner.py SCRIPT ...
+"""Run a script as from the shell, but write checkpoints slowly: python fault_runner.py SCRIPT ...
 
-Half a second passes in the middle of the file, and a file "writing" in its folder says so meanwhile.
+Writing pauses for half a second in the middle of the file; meanwhile, a file "writing" exists beside it.
 """
 
 import builtins

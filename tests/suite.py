@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, small environments with known answers, short runs."""
+"""Utilities of the tests: the scripts as modules, small environments with known solutions, short runs."""
 
 import copy
 import importlib.util
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_module(path: Path, name: str):
-    """Imports a script by its path, as a reader would who copied it."""
+    """Import a script from its path, like a user who has copied it."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -30,7 +30,7 @@ def load_module(path: Path, name: str):
 
 
 def with_discrete_actions(path: Path):
-    """A script for both kinds of action, as if its default task had discrete ones."""
+    """Import a script that supports both kinds of action, with a default task that has discrete ones."""
     module = load_module(path, f"{path.stem}_with_discrete_actions")
 
     @dataclass
@@ -41,40 +41,40 @@ def with_discrete_actions(path: Path):
     return module
 
 
-TIMED = {"charts/SPS", "charts/tokens_per_second"}  # metrics that a clock decides
+TIMED = {"charts/SPS", "charts/tokens_per_second"}  # metrics that depend on the clock
 SCRIPTS = [load_module(path, path.stem) for path in sorted(ROOT.glob("ppo_*.py"))]
 KINDS = [*SCRIPTS, with_discrete_actions(ROOT / "ppo_penalty.py")]
 
 
 def scripts_with(*names: str, among=SCRIPTS):
-    """Parametrises a test by the scripts that have all these names."""
+    """Parametrise a test by the scripts that define all the given names."""
     have = [script for script in among if all(hasattr(script, name) for name in names)]
     return pytest.mark.parametrize("ppo", have, ids=[script.__name__ for script in have])
 
 
-control = scripts_with("make_envs")  # the scripts that act in Gymnasium environments
-each_kind = scripts_with("make_envs", among=KINDS)  # and each of their kinds of action
+control = scripts_with("make_envs")  # the scripts for Gymnasium environments
+each_kind = scripts_with("make_envs", among=KINDS)  # the same, for each kind of action
 
 
 def discrete(ppo) -> bool:
-    """Whether the default task has discrete actions."""
+    """Return whether the default task has discrete actions."""
     return isinstance(gym.make(ppo.Args().env_id).action_space, gym.spaces.Discrete)
 
 
 def action_space(ppo) -> gym.Space:
-    """Actions that the script is for."""
+    """Return an action space that the script supports."""
     return gym.spaces.Discrete(3) if discrete(ppo) else gym.spaces.Box(-1, 1, (2,), np.float32)
 
 
 def bounds(space: gym.Space) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest and the highest action of a Box or Discrete, as Agent takes them."""
+    """Return the lowest and the highest action of a Box or Discrete, in the form that Agent takes."""
     if isinstance(space, gym.spaces.Discrete):
         return torch.tensor(int(space.start)), torch.tensor(int(space.start + space.n - 1))
     return torch.as_tensor(space.low), torch.as_tensor(space.high)
 
 
 def make_agent(ppo, norm_obs: bool = True):
-    """An agent for three numbers observed and action_space(ppo)."""
+    """Return an agent for observations of three numbers and the actions of action_space(ppo)."""
     torch.manual_seed(0)
     args, space = ppo.Args(norm_obs=norm_obs), action_space(ppo)
     if hasattr(ppo, "action_layout"):
@@ -83,13 +83,13 @@ def make_agent(ppo, norm_obs: bool = True):
 
 
 def curve(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """All the scalars of a run as TensorBoard reads them: tag -> [(step, value), ...]."""
+    """Return all scalars of a run as read by TensorBoard: tag -> [(step, value), ...]."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def small(ppo, run_dir: Path, **options):
-    """Arguments of a run of 4 iterations (512 steps), which takes about a second."""
+    """Return arguments for a run of 4 iterations (512 steps), which takes about a second."""
     defaults = dict(
         total_timesteps=512,
         num_envs=2,
@@ -104,20 +104,20 @@ def small(ppo, run_dir: Path, **options):
 
 
 def resumed(ppo, run_dir: Path, **changes):
-    """Goes on with a run in a later second: TensorBoard reads event files by the second in their names."""
+    """Resume a run in the next second: TensorBoard sorts event files by the second in their names."""
     time.sleep(1 - time.time() % 1)
     return ppo.train(ppo.Args(**ppo.load_checkpoint(run_dir)["args"] | {"resume": str(run_dir)} | changes))
 
 
 def by_name(agent, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a flat vector of all parameters, or of their gradient."""
+    """Split a flat vector of all parameters, or of their gradient, into named parts."""
     parameters = dict(agent.named_parameters())
     parts = vector.detach().clone().split([x.numel() for x in parameters.values()])
     return {name: part.view_as(x) for (name, x), part in zip(parameters.items(), parts, strict=True)}
 
 
 def minibatch_inputs(ppo, monkeypatch, run_dir: Path, **options) -> list[tuple]:
-    """What minibatch_gradient() is given in a short run: (agent as it then was, minibatch, args, ...)."""
+    """Return the inputs of all minibatch_gradient() calls of a short run: (copy of agent, minibatch, ...)."""
     calls, function = [], ppo.minibatch_gradient
 
     def record(agent, *inputs):
@@ -131,13 +131,13 @@ def minibatch_inputs(ppo, monkeypatch, run_dir: Path, **options) -> list[tuple]:
 
 
 def documented_metrics(section: str) -> dict[str, str]:
-    """The metrics table of README.md: tag -> what it is."""
+    """Return the metrics table in a section of README.md: tag -> description."""
     text = (ROOT / "README.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
 
 
 def assert_golden(ppo, run_dir: Path) -> None:
-    """The metrics of a run are those in tests/golden. To accept a change: GOLDEN=write pytest -k golden."""
+    """Compare the metrics of a run with tests/golden. To accept a change: GOLDEN=write pytest -k golden."""
     result = {
         tag: [float(f"{value:.4g}") for _, value in points]
         for tag, points in curve(run_dir).items()
@@ -154,9 +154,9 @@ def assert_golden(ppo, run_dir: Path) -> None:
 
 
 class Probe(gym.Env):
-    """Base of the probe environments: one number observed, one (Box, or Discrete of two) as action.
+    """Base class of the probe environments: one observed number and one action (Box, or Discrete of two).
 
-    Subclasses say what is first observed, and what a step gives: (next observation, reward, terminated).
+    Subclasses define the first observation and the outcome of a step: (next observation, reward, terminated).
     """
 
     def __init__(self, discrete: bool = False) -> None:
@@ -180,14 +180,14 @@ class Probe(gym.Env):
 
 
 class ConstantReward(Probe):
-    """One step, reward 1: the value is 1."""
+    """Environment with one step and reward 1; the value is 1."""
 
     def outcome(self, action):
         return 0.0, 1.0, True
 
 
 class ObservedReward(Probe):
-    """One step, the reward is the observation, 1 or -1: so is the value."""
+    """Environment with one step; reward and value equal the observation, 1 or -1."""
 
     def first(self):
         return float(self.np_random.choice([-1.0, 1.0]))
@@ -197,21 +197,21 @@ class ObservedReward(Probe):
 
 
 class DelayedReward(Probe):
-    """Two steps, observations 0 and 1, reward 1 at the end: the values are gamma and 1."""
+    """Environment with two steps, observations 0 and 1, reward 1 at the end; the values are gamma and 1."""
 
     def outcome(self, action):
         return (1.0, 0.0, False) if self.obs == 0 else (0.0, 1.0, True)
 
 
 class ActionReward(Probe):
-    """One step, best action 0.5 (Discrete: 1)."""
+    """Environment with one step; the best action is 0.5 (Discrete: 1)."""
 
     def outcome(self, action):
         return 0.0, -((action - 0.5) ** 2) if isinstance(self.action_space, gym.spaces.Box) else action, True
 
 
 class ObservedActionReward(Probe):
-    """One step, best action half the observation of 1 or -1 (Discrete: 1 at 1, 0 at -1)."""
+    """Environment with one step; the best action is half the observation, 1 or -1 (Discrete: 1 or 0)."""
 
     first = ObservedReward.first
 
@@ -222,14 +222,14 @@ class ObservedActionReward(Probe):
 
 
 class Endless(Probe):
-    """Reward 1 for ever, in episodes that only a time limit ends: the value is 1 / (1 - gamma)."""
+    """Environment with reward 1 that only a time limit ends; the value is 1 / (1 - gamma)."""
 
     def outcome(self, action):
         return 0.0, 1.0, False
 
 
 class Counter(Probe):
-    """Observes how many steps the episode has had, so that every row says where it comes from."""
+    """Environment that observes the number of steps in the episode, so that each row can be identified."""
 
     def __init__(self, discrete: bool = False, length: int = 5) -> None:
         super().__init__(discrete)
@@ -241,7 +241,7 @@ class Counter(Probe):
 
 
 class Broken(Counter):
-    """A counter that gives nan as observation or reward at its third step."""
+    """Counter whose third step returns nan as observation or reward."""
 
     def __init__(self, discrete: bool = False, where: str = "reward") -> None:
         super().__init__(discrete)
@@ -259,9 +259,9 @@ class Broken(Counter):
 
 
 class Faulty(Counter):
-    """A counter that fails at its third step, in one of many ways, if it is number `which`.
+    """Counter that fails at its third step, in one of many ways, if its number is `which`.
 
-    Numbers are those of making, or of a worker among its like.
+    Environments are numbered in the order of their creation or, in worker processes, by worker.
     """
 
     made = 0
@@ -303,7 +303,7 @@ class Faulty(Counter):
 
 
 class Scaled(ActionReward):
-    """One step, best action 0.5 (Discrete: 1), rewards of any size."""
+    """Environment with one step and rewards of any scale; the best action is 0.5 (Discrete: 1)."""
 
     def __init__(self, discrete: bool = False, scale: float = 1.0) -> None:
         super().__init__(discrete)
@@ -315,7 +315,7 @@ class Scaled(ActionReward):
 
 
 class Masked(gym.Env):
-    """Two of four actions are allowed, others anew after every step; the observation is the mask."""
+    """Environment that allows two of four actions, drawn anew for every step; the observation is the mask."""
 
     observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
     action_space = gym.spaces.Discrete(4)
@@ -335,7 +335,7 @@ class Masked(gym.Env):
 
 
 class Picture(gym.Env):
-    """One step. One half of a picture is brighter: the left (best action 0) or the right (1)."""
+    """Environment with one step; the best action is the brighter half of a picture (left: 0, right: 1)."""
 
     action_space = gym.spaces.Discrete(2)
 
@@ -361,7 +361,7 @@ class Picture(gym.Env):
 
 
 class Spaces(gym.Env):
-    """Any observation space, sampled at random; any action space. Episodes of ten steps."""
+    """Environment with any spaces, random observations and episodes of ten steps."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space) -> None:
         self.observation_space, self.action_space = observation_space, action_space
@@ -399,7 +399,7 @@ PROBES = {
 
 
 def register(name: str, **kwargs) -> str:
-    """Registers a probe under an id of its own and gives the id."""
+    """Register a probe environment for the given arguments and return its id."""
     entry_point, limit = PROBES[name]
     label = "".join(c if c.isalnum() else "_" for c in json.dumps(kwargs, default=str))
     env_id = f"{name}{label}-v0"
@@ -409,5 +409,5 @@ def register(name: str, **kwargs) -> str:
 
 
 def probe(ppo, name: str, **kwargs) -> str:
-    """The id of a probe environment with the actions that the script is for."""
+    """Return the id of a probe environment with actions that the script supports."""
     return register(name, discrete=discrete(ppo), **kwargs)

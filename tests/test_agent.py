@@ -1,4 +1,4 @@
-"""The agent: bounds, statistics, act(), one flat vector of parameters."""
+"""Test the agent: action bounds, statistics, act() and the flat parameter vector."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ def box_agent(ppo, low=LOW, high=HIGH, obs_size=3, norm_obs=True):
 
 
 def scale(agent, actions, tensors):
-    """What acting_policy() makes of actions as sampled, where the noise alone makes them."""
+    """Return the actions for env.step() that acting_policy() computes from sampled actions (= noise)."""
     with torch.no_grad():
         agent.actor[4].zero_()
         agent.log_std.zero_()
@@ -92,7 +92,7 @@ class TestBoxActions:
 
 
 def categorical_agent(ppo, space, logits=None, obs_shape=(3,)):
-    """An agent for these actions; given logits (C * K,), it has them in every state."""
+    """Return an agent for an action space; logits (C * K,), if given, are those of every state."""
     torch.manual_seed(0)
     agent = ppo.Agent(obs_shape, *ppo.action_layout(space), ppo.Args())
     if logits is not None:
@@ -132,7 +132,7 @@ class TestCategoricalActions:
         obs = torch.zeros(40_000, 3) if tensors else np.zeros((40_000, 3))
         actions = torch.as_tensor(categorical_agent(ppo, spaces.Discrete(4), logits).act(obs))
         shares = torch.bincount(actions, minlength=4) / len(actions)
-        torch.testing.assert_close(shares, logits.softmax(0), atol=0.012, rtol=0)  # five deviations
+        torch.testing.assert_close(shares, logits.softmax(0), atol=0.012, rtol=0)  # five standard deviations
 
     @pytest.mark.parametrize("deterministic", [True, False])
     def test_what_is_masked_is_never_chosen_however_likely(self, ppo, deterministic):
@@ -142,7 +142,7 @@ class TestCategoricalActions:
         assert one in (2, 3) and one.dtype == np.int64
         many = agent.act(np.zeros((500, 3)), {"action_mask": np.tile(mask, (500, 1))}, deterministic)
         assert set(many.tolist()) == ({3} if deterministic else {2, 3})
-        info = {"action_mask": np.eye(4, dtype=bool)}  # one choice left
+        info = {"action_mask": np.eye(4, dtype=bool)}  # one legal choice in each environment
         each = agent.act(np.zeros((4, 3)), info, deterministic)
         assert each.tolist() == [1, 2, 3, 4]
         given = np.array([True, True, False, True])  # the third environment gave no mask
@@ -154,7 +154,7 @@ class TestCategoricalActions:
         legal = torch.tensor([[[True, False, True, False]], [[True, True, True, True]]])
         obs = torch.randn(2, 3)
         logits = ppo.mlp(obs, agent.actor).detach().requires_grad_()
-        agent.actor = nn.ParameterList([torch.eye(4), torch.zeros(4)])  # so that obs are the logits
+        agent.actor = nn.ParameterList([torch.eye(4), torch.zeros(4)])  # identity: obs are the logits
         log_policy = agent.log_policy(logits, legal)
         expected = logits[0, [0, 2]].log_softmax(-1)
         torch.testing.assert_close(log_policy[0, 0, [0, 2]], expected)
@@ -190,7 +190,7 @@ class TestCategoricalActions:
         images = torch.randint(0, 256, (2, 5, *obs_shape), dtype=torch.uint8)
         features = agent.features(agent.normalize_obs(images))
         assert features.shape == (2, 5, 512) and agent.value(features).shape == (2, 5)
-        # pixels as shares of one, and channels first, into torch's own layers
+        # expected: pixels scaled to [0, 1], channels first, through the layers of torch.nn
         first = images.flatten(0, 1).float() / 255
         first = first.permute(0, 3, 1, 2) if obs_shape[-1] == 3 else first
         trunk = agent.trunk
@@ -215,7 +215,7 @@ class TestCategoricalActions:
 
 @scripts_with("Gaussian", "Categorical")
 class TestEitherKind:
-    """One agent for a Box or Discrete."""
+    """Tests of the agent class that supports both Box and Discrete actions."""
 
     def agent(self, ppo, space, logits):
         agent = ppo.Agent(3, *bounds(space), ppo.Args())

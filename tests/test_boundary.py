@@ -1,4 +1,4 @@
-"""The environment boundary: what environments return is copied and checked, whatever they do wrong."""
+"""Test the environment boundary: whatever environments return is copied and checked."""
 
 import random
 import re
@@ -31,7 +31,7 @@ RAW = dict(norm_obs=False, norm_reward=False)
 
 @pytest.fixture
 def registered():
-    """A function that registers a class under an id until the test ends."""
+    """Return a function that registers an environment under an id until the test ends."""
     ids = []
 
     def add(entry_point, name="Mine-v0", **options):
@@ -45,7 +45,7 @@ def registered():
 
 
 class InPlace(Counter):
-    """Returns the same array every time, and resets it in place."""
+    """Counter that returns the same array every time and resets it in place."""
 
     def reset(self, **options):
         self.array = getattr(self, "array", np.zeros(1, np.float32))
@@ -65,11 +65,11 @@ def test_an_environment_may_reuse_its_observation_array(ppo, run_dir, monkeypatc
     env_id = registered(lambda: InPlace(discrete(ppo)))
     args = small(ppo, run_dir, env_id=env_id, async_envs=async_envs, **RAW)
     for rows in rollouts(ppo, monkeypatch, args):
-        assert (rows["next_values"] == rows["values"] + 1).all()  # 5 at the end, not the 0 of the reset
+        assert (rows["next_values"] == rows["values"] + 1).all()  # 5 at the end, not 0 after the reset
 
 
 class Reusing(TensorEnvs):
-    """Writes every step to the same tensors."""
+    """Vector environment that writes every step to the same tensors."""
 
     buffers = None
 
@@ -130,7 +130,7 @@ def test_infos_of_any_content_do_not_disturb(ppo, run_dir, registered, async_env
 
 
 class Observing(Counter):
-    """Observes what it is told."""
+    """Counter that always returns the given observation."""
 
     def __init__(self, discrete, space, obs):
         super().__init__(discrete)
@@ -150,7 +150,7 @@ BYTES, INTEGERS = spaces.Box(0, 255, (2,), np.uint8), spaces.Box(-9, 9, (2,), np
 
 @control
 @pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
-@pytest.mark.filterwarnings("ignore:.*(ERROR|WARN)", "ignore:.*AsyncVectorEnv")  # Gymnasium's own messages
+@pytest.mark.filterwarnings("ignore:.*(ERROR|WARN)", "ignore:.*AsyncVectorEnv")  # messages of Gymnasium
 @pytest.mark.parametrize(
     ("space", "obs", "words"),
     [
@@ -186,7 +186,7 @@ def test_an_observation_that_its_space_would_change_is_an_error(
         (BYTES, np.array([3.0, 255.0])),
         (BYTES, [3, 255]),
         (INTEGERS, np.array([-9, 9], np.int8)),
-        (BOX, np.array([0.1, 0.2])),  # float64, rounded
+        (BOX, np.array([0.1, 0.2])),  # float64, rounded to float32
         (BOX, [1, 0]),
         (BOX, np.array([5.0, -7.0])),  # many tasks exceed their bounds
         (spaces.Discrete(3), np.int32(2)),
@@ -234,7 +234,7 @@ def test_a_reward_that_is_no_number_is_an_error_of_its_environment(ppo, run_dir,
 
 
 class Global(Counter):
-    """Rewards from the global generators, seeded or drawn where it is made and stepped."""
+    """Counter that draws from the global random generators in its constructor and for each reward."""
 
     def __init__(self, discrete):
         super().__init__(discrete)
@@ -255,7 +255,7 @@ def test_environments_that_use_global_generators_repeat_and_differ(ppo, tmp_path
         returns.append(ppo.train(args))
         random.seed(), np.random.seed()
     assert returns[0] == returns[1] and returns[0] != returns[2]
-    assert len(set(returns[0])) == len(returns[0]) == 100  # in no environment or segment the same again
+    assert len(set(returns[0])) == len(returns[0]) == 100  # no environment or segment repeats another
 
 
 @control
@@ -304,7 +304,7 @@ def test_an_agent_does_not_share_memory_with_the_spaces_of_its_task(ppo):
 
 
 class Port(Counter):
-    """Needs a port of its own, like many simulators."""
+    """Counter that needs a network port for itself, as many simulators do."""
 
     def __init__(self, discrete, port):
         super().__init__(discrete)
@@ -338,7 +338,7 @@ def test_the_constructor_that_fails_in_a_worker_is_named_too(ppo, run_dir, regis
     env_id = registered(lambda: Port(discrete(ppo), free_port))
     with pytest.raises((EOFError, ConnectionError)):
         ppo.train(small(ppo, run_dir, env_id=env_id, async_envs=True))
-    said = capfd.readouterr().err  # of the worker
+    said = capfd.readouterr().err  # stderr of the worker
     assert "Address already in use" in said and re.search(r"in environment [01]", said)
 
 
@@ -364,7 +364,7 @@ def test_an_id_registered_in_the_main_script_reaches_workers_that_were_not_forke
 
 @pytest.fixture
 def runs_of_wandb(monkeypatch):
-    """A stand-in for Weights & Biases: the ids of its runs."""
+    """Replace Weights & Biases with a stub and return the list of the run ids that it is given."""
     ids, wandb = [], types.ModuleType("wandb")
     wandb.init = lambda **options: ids.append(options["id"])
     count = iter(range(100))
@@ -401,7 +401,7 @@ def test_a_new_run_starts_from_the_weights_and_statistics_of_another(ppo, tmp_pa
 @each_kind
 @pytest.mark.parametrize("tensors", [False, True], ids=["arrays", "tensors"])
 def test_large_observations_are_normalised_before_they_lose_their_digits(ppo, tensors):
-    """Seconds since 1970, near 1.7e9: float32 has steps of 128 there."""
+    """Use Unix times in seconds, near 1.7e9, where float32 has a spacing of 128."""
     agent = make_agent(ppo)
     times = 1.7e9 + torch.arange(3000, dtype=torch.float64).view(1000, 3) * 0.01
     for chunk in times.split(100):
@@ -421,7 +421,7 @@ def test_large_observations_are_normalised_before_they_lose_their_digits(ppo, te
 
 @each_kind
 def test_act_can_be_exported(ppo):
-    """ONNX export begins with torch.export."""
+    """Export act() with torch.export, the first step of an ONNX export."""
 
     class Policy(torch.nn.Module):
         def __init__(self):

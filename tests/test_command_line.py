@@ -1,4 +1,4 @@
-"""The command line: what a user gets wrong is told in one line, with exit code 2 and no traceback."""
+"""Test the command line: user errors give a one-line message, exit code 2 and no traceback."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def shell(*arguments, **options):
 
 
 def refusal(ppo, monkeypatch, capsys, *arguments):
-    """What main() says when it refuses; it must be one line (or tyro's one box) and exit code 2."""
+    """Return the error of main() and check that it is one line (or one box of tyro), with exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         ppo.main()
@@ -44,7 +44,7 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ("--num-minibatches 5", "num_envs * num_steps = 2048 does not make 5 minibatches; [4, 8] would do"),
         ("--num-minibatches 0", "num_envs * num_steps = 2048 does not make 0 minibatches"),
         ("--num-minibatches 4096", "does not make 4096 minibatches; [1024, 512] would do"),
-        ("--num-minibatches 2048", "does not make 2048 minibatches; [1024, 512] would do"),  # of one row
+        ("--num-minibatches 2048", "does not make 2048 minibatches; [1024, 512] would do"),  # one row each
         ("--total-timesteps 100", "--total-timesteps is below a rollout, 2048"),
         ("--total-timesteps 0", "--total-timesteps is below a rollout, 2048"),
         ("--learning-rate nan", "learning_rate is nan; it must be positive"),
@@ -64,7 +64,7 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
         ("--env-id nonsense", "Environment `nonsense` doesn't exist"),
         ("--env-id not/an/id", "Malformed environment ID: not/an/id"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
-        ("--resume=", "a run folder is empty"),  # as with an unset variable in a shell script
+        ("--resume=", "a run folder is empty"),  # for example, an unset shell variable
     ],
 )
 def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -266,7 +266,7 @@ def test_coefficients_of_the_penalty(ppo, monkeypatch, capsys, arguments, words)
 
 @scripts_with("gaussian_logprobs", "make_envs")
 def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
-    """Table 3, and off what has a switch and is not in the paper."""
+    """Use table 3 and switch off all options that are not in the paper."""
     args = ppo.Args(
         num_envs=1,
         num_steps=2048,
@@ -291,7 +291,7 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
 
 @scripts_with("nature_cnn")
 def test_the_paper_s_settings_for_atari_are_in_the_readme(ppo, monkeypatch):
-    """Table 5: T 128, N 8, K 3, minibatch 256, Adam 2.5e-4 and clip 0.1, both annealed, c1 1, c2 0.01."""
+    """Check table 5: T 128, N 8, K 3, minibatch 256, Adam 2.5e-4, clip 0.1, both annealed, c1 1, c2 0.01."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^python ppo_discrete.py (--env-id ALE/Breakout-v5 .*)$", text, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["x", *command.split()])
@@ -314,7 +314,7 @@ def test_capture_video_films_the_first_environment_of_the_evaluation(ppo, run_di
 
 @pytest.mark.slow
 def test_track_sends_the_run_to_weights_and_biases(tmp_path):
-    # one script: open_writer has the same text in all
+    # one script is enough: open_writer has the same text in all control scripts
     pytest.importorskip("wandb", reason="tracking needs requirements-extra.txt")
     import os
 

@@ -1,4 +1,4 @@
-"""--compile: the same learning step as one compiled graph."""
+"""Test --compile: the same learning step as one compiled graph."""
 
 import copy
 
@@ -7,13 +7,13 @@ import torch
 from suite import SCRIPTS, control, resumed, small
 from test_resume import same
 
-# torch's own, when its compiler is imported
+# raised in torch when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
 def graphs():
-    """A function: how many graphs torch has compiled since the test began."""
+    """Return a function that counts the graphs that torch has compiled since the test began."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -26,7 +26,7 @@ REAL = [script for script in SCRIPTS if script.__name__ == "ppo_discrete"]
 
 @pytest.mark.parametrize(
     ("ppo", "backend"),
-    # tracing is what a script can break; compiling what was traced takes up to a minute
+    # only tracing depends on the script, so aot_eager is enough; inductor takes up to a minute
     [
         *((script, "aot_eager") for script in control.args[1]),
         *(pytest.param(script, "inductor", marks=pytest.mark.slow) for script in REAL),
@@ -46,7 +46,7 @@ def test_compiled_it_learns_the_same_with_one_graph_for_all_iterations(
         "save_checkpoint",
         lambda run_dir, args, i, agent, *_: weights[args.compile].append(copy.deepcopy(agent)),
     )
-    # what changes from iteration to iteration must not need another graph
+    # values that change between iterations must not cause a recompilation
     options = dict(checkpoint_every=1, learning_rate=1e-3) | (
         {"anneal_clip": True} if hasattr(ppo.Args, "anneal_clip") else {}
     )

@@ -1,4 +1,4 @@
-"""Row t is transition t, whatever the environment does at the end of an episode."""
+"""Test that row t is transition t, whatever the environment does at the end of an episode."""
 
 import sys
 import types
@@ -26,7 +26,7 @@ BOX = spaces.Box(-1, 1, (2,), np.float32)
 
 
 def rollouts(ppo, monkeypatch, args):
-    """Trains and gives what compute_gae and the agent's networks were given, one dict per iteration."""
+    """Train and return the inputs and the returns of compute_gae, one dict per iteration."""
     seen, compute_gae, value = [], ppo.compute_gae, ppo.Agent.value
 
     def spy(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
@@ -36,7 +36,7 @@ def rollouts(ppo, monkeypatch, args):
         seen[-1]["returns"] = result[1]
         return result
 
-    # the value of an observation becomes the observation itself, so that values tell which observation it was
+    # value() returns the first number of the observation, so that values identify observations
     monkeypatch.setattr(ppo.Agent, "value", lambda self, obs: obs[..., 0] + 0 * value(self, obs))
     monkeypatch.setattr(ppo, "compute_gae", spy)
     ppo.train(args)
@@ -52,7 +52,7 @@ class TestTransitions:
     def test_next_obs_is_the_true_successor_at_a_termination(self, ppo, run_dir, monkeypatch, async_envs):
         args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), **self.options(async_envs))
         for rows in rollouts(ppo, monkeypatch, args):
-            assert (rows["next_values"] == rows["values"] + 1).all()  # 4 leads to 5, never to the reset's 0
+            assert (rows["next_values"] == rows["values"] + 1).all()  # 4 is followed by 5, not by 0
             assert (rows["rewards"] == rows["next_values"]).all()
             assert (rows["terminations"] == (rows["next_values"] == 5)).all()
             assert rows["terminations"].any() and not rows["truncations"].any()
@@ -69,16 +69,16 @@ class TestTransitions:
 class TestSegments:
     def test_episodes_in_progress_are_cut_off_but_not_dead(self, ppo, run_dir, monkeypatch):
         args = small(ppo, run_dir, env_id=probe(ppo, "Counter"), norm_obs=False, norm_reward=False, gamma=0.9)
-        rows = rollouts(ppo, monkeypatch, args)  # 64 steps: an episode of 5 is in progress at the end
+        rows = rollouts(ppo, monkeypatch, args)  # 64 is not a multiple of 5: the last episode is unfinished
         for r in rows:  # the last return is bootstrapped: r + gamma * V(successor)
             assert not r["terminations"][-1].any()
             torch.testing.assert_close(r["returns"][-1], r["rewards"][-1] + 0.9 * r["next_values"][-1])
-        starts = [r["values"][0].tolist() for r in rows]  # anew with --checkpoint-every 2
+        starts = [r["values"][0].tolist() for r in rows]  # new environments every 2 iterations
         assert starts == [[0.0, 0.0], [4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
 
     def test_episodes_cut_off_are_in_no_statistic(self, ppo, run_dir):
         returns = ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
-        # two segments of 128 steps with 25 whole episodes of 1 + 2 + 3 + 4 + 5, in each of two environments
+        # two environments with two segments of 128 steps each: 25 complete episodes of 1 + 2 + 3 + 4 + 5
         assert returns == [15.0] * 100
 
 
@@ -134,7 +134,7 @@ def test_every_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, spa
 
 
 class TensorEnvs(gym.vector.VectorEnv):
-    """A vector environment as a GPU would have it: tensors in, tensors out, a dense final_obs."""
+    """Vector environment as on a GPU: it takes and returns tensors, and gives final_obs in every step."""
 
     def __init__(self, num_envs, single_action_space):
         self.num_envs, self.single_action_space = num_envs, single_action_space
@@ -227,7 +227,7 @@ class TestMasks:
         seen, log_policy = [], ppo.Agent.log_policy
         record = lambda agent, obs, legal: seen.append((obs, legal)) or log_policy(agent, obs, legal)  # noqa: E731
         monkeypatch.setattr(ppo.Agent, "log_policy", record)
-        # the environment itself refuses what is masked, in training and in the evaluation
+        # the environment itself rejects masked actions, in training and in the evaluation
         options = dict(env_id=register("Masked"), norm_obs=False, async_envs=async_envs)
         assert len(ppo.train(small(ppo, run_dir, **options))) > 100
         assert len(seen) == 4 * (1 + 2 * 4)
@@ -239,7 +239,7 @@ class TestMasks:
         info = {"action_mask": np.array([[0, 1], [0, 0]], np.int8), "_action_mask": np.array([True, False])}
         assert ppo.legal_choices(info, choices).tolist() == [[[False, True]], [[True, True]]]
         assert ppo.legal_choices({"lives": np.ones(2)}, choices) is choices
-        tensors = {"action_mask": torch.tensor([[0, 1], [1, 0]])}  # as a vector environment of one's own
+        tensors = {"action_mask": torch.tensor([[0, 1], [1, 0]])}  # from a custom vector environment
         legal = ppo.legal_choices(tensors, torch.as_tensor(choices))
         assert legal.tolist() == [[[False, True]], [[True, False]]]
 
@@ -251,7 +251,7 @@ class TestMasks:
     @pytest.mark.parametrize("place", ["info", "obs", "method"])
     @pytest.mark.parametrize("kind", [np.array, list, tuple], ids=lambda kind: kind.__name__)
     def test_a_mask_is_found_in_every_usual_place(self, ppo, run_dir, place, kind):
-        """The environment itself refuses masked actions."""
+        """Train without violating the mask: the environment itself rejects masked actions."""
 
         class Elsewhere(Masked):
             if place == "obs":
@@ -349,9 +349,9 @@ class TestImages:
 
 
 class Games(gym.vector.VectorEnv):
-    """As ale-py's vector environment: games of three lives with three steps each, 5 points a step.
+    """Vector environment like that of ale-py: games of three lives with three steps each, 5 points per step.
 
-    As with life_loss_info, a lost life is a termination, after which the game goes on.
+    As with life_loss_info, losing a life is a termination, after which the game continues.
     """
 
     def __init__(self, num_envs):
@@ -373,10 +373,10 @@ class Games(gym.vector.VectorEnv):
 
     def step(self, actions):
         assert actions.dtype == np.int64 and actions.shape == (self.num_envs,)
-        assert (actions[self.steps % 3 < 2] == 1).all()  # a life begins with FIRE
+        assert (actions[self.steps % 3 < 2] == 1).all()  # FIRE in the first two steps of a life
         self.steps = self.steps + 1
         lost, final = self.steps % 3 == 0, np.full((self.num_envs, 1), np.nan, np.float32)
-        final[lost] = self.steps[lost, None]  # the array holds something only where an episode ended
+        final[lost] = self.steps[lost, None]  # nan where no episode ended
         self.steps = np.where(self.steps == 9, 0, self.steps)
         obs, info = self.observe()
         rewards = np.full(self.num_envs, 5, np.int32)
@@ -415,9 +415,9 @@ class TestAtari:
     ):
         options = dict(env_id="ALE/Game-v5", norm_obs=False, clip_reward=True, checkpoint_every=4)
         for rows in rollouts(ppo, monkeypatch, small(ppo, run_dir, **options)):
-            assert (rows["next_values"] == rows["values"] + 1).all()  # the next life is the true successor
+            assert (rows["next_values"] == rows["values"] + 1).all()  # the true successor is in the next life
             assert (rows["terminations"] == (rows["next_values"] % 3 == 0)).all()
-            assert (rows["rewards"] == 1).all()  # their sign is learned from
+            assert (rows["rewards"] == 1).all()  # clipped to their sign
 
     def test_what_is_logged_and_evaluated_is_the_score_of_whole_games(self, ppo, run_dir, monkeypatch, games):
         evaluations, evaluate = [], ppo.evaluate
@@ -442,4 +442,4 @@ class TestAtari:
         ended = torch.cat([r["terminations"] for r in rows])
         assert 10 < ended.sum() < 200 and ppo.load_agent(run_dir).obs_shape.tolist() == [4, 84, 84]
         games = len(ppo.load_checkpoint(run_dir)["episode_returns"])
-        assert 5 * games <= ended.sum() <= 5 * (games + 2)  # five lives a game
+        assert 5 * games <= ended.sum() <= 5 * (games + 2)  # five lives per game

@@ -1,7 +1,7 @@
-"""Nothing lost: what was saved stays good, a resumed run is one that never stopped, an error says what to do.
+"""Test faults: checkpoints stay usable, resumed runs equal uninterrupted ones, errors say what to do.
 
-pytest tests/test_faults.py --slow                     the short part, as in CI
-pytest tests/test_faults.py --slow --campaign          the long one, writes benchmarks/results/faults.csv
+pytest tests/test_faults.py --slow                     the short version, as in CI
+pytest tests/test_faults.py --slow --campaign          the long version; writes benchmarks/results/faults.csv
 pytest tests/test_faults.py --slow --campaign --trials 7 --trial-seed 3 -k killed
 """
 
@@ -51,9 +51,9 @@ every_script = scripts_with("Args")
 
 
 def in_suites(quick="", slow="", cases=("",), among=SCRIPTS):
-    """Parametrises by script, and by case: "SCRIPT case" is in the quick suite or in CI (slow).
+    """Parametrise by script and case; `quick` and `slow` list each "SCRIPT case" of the quick suite and CI.
 
-    The others, which have the same text there, are in the campaign.
+    All others test code with the same text and run only in the campaign.
     """
     found = []
     for ppo, case in itertools.product(among, cases):
@@ -68,7 +68,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "faults.csv"
 
 
 def short_run(ppo):
-    """Options of a run of some seconds with many checkpoints."""
+    """Return options for a run of a few seconds with many checkpoints."""
     if ppo.__name__ == "ppo_rlhf_llm":
         options = "--layers 2 --width 32 --heads 2 --num-texts 640 --num-pairs 100 --answer-length 16"
         options += " --batch-size 16 --total-episodes 320 --eval-prompts 8"
@@ -78,7 +78,7 @@ def short_run(ppo):
 
 
 class Trials:
-    """How many, which, and a note of those that were survived."""
+    """Number and random draws of the trials, and a record of those survived."""
 
     def __init__(self, config):
         self.config = config
@@ -90,11 +90,11 @@ class Trials:
         return range(number or (many if self.config.getoption("--campaign") else few))
 
     def survived(self, fault, ppo, number):
-        """Adds to the results of the long part, if it is as long as it should be."""
+        """Record survived trials in RESULTS, but only in a campaign with the default number of trials."""
         if not self.config.getoption("--campaign") or self.config.getoption("--trials"):
             return
         with RESULTS.open("a+", newline="") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # pytest -n has several processes
+            fcntl.flock(file, fcntl.LOCK_EX)  # pytest -n runs several processes
             file.seek(0)
             rows = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
             rows[fault, ppo.__name__] = number
@@ -114,7 +114,7 @@ def start(ppo, *options, slow_saves=False):
     words = command(ppo, *options)
     if slow_saves:
         words[1:2] = [str(ROOT / "tests" / "fault_runner.py"), ppo.__name__]
-    # a suite that runs in the background may ignore Ctrl-C, and what it starts would inherit that
+    # a test run in the background may ignore SIGINT, and its subprocesses would inherit that
     settings = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True)
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
@@ -124,9 +124,9 @@ def run(ppo, *options, **settings):
 
 
 def assert_refused(result, words, events=False):
-    """Check that stderr has one line that begins with "error: " and contains words, and no traceback.
+    """Check for exit code 2, exactly one "error: " line on stderr, which contains words, and no traceback.
 
-    If events cannot be written, a thread of TensorBoard prints a traceback into the same lines.
+    With events=True, allow a traceback, even in that line: a TensorBoard thread that cannot write prints one.
     """
     assert result.returncode == 2, result.stderr[-3000:]
     assert "Traceback" not in result.stderr or events, result.stderr[-3000:]
@@ -136,14 +136,14 @@ def assert_refused(result, words, events=False):
 
 
 def wait_for(process, sign, there):
-    """Until a file is there, or is gone, or the process has ended."""
+    """Wait until a file exists (there=True) or does not (False), or until the process has ended."""
     while process.poll() is None and sign.exists() != there:
         time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Of each script the undisturbed run and the seconds that it took."""
+    """Return a function: script -> (folder, seconds) of an uninterrupted run, which is made once."""
     runs = {}
 
     def of(ppo):
@@ -159,7 +159,7 @@ def alone(tmp_path_factory):
 
 
 class TestKills:
-    """Killed at any moment, while it saves too, a run goes on to the end of the one left alone."""
+    """Tests of killing a run at any time, also while saving; once resumed, it equals an uninterrupted run."""
 
     @in_suites(
         quick="ppo_continuous at any moment",
@@ -179,7 +179,7 @@ class TestKills:
             process = start(ppo, *options, slow_saves=while_saving and kills < number)
             if kills < number:
                 if while_saving:
-                    for save in range(trials.draw.choice([1, 1, 2, 3])):  # in which of its saves
+                    for save in range(trials.draw.choice([1, 1, 2, 3])):  # interrupt the last of these saves
                         if save:
                             wait_for(process, sign, there=False)
                         wait_for(process, sign, there=True)
@@ -218,26 +218,26 @@ class TestKills:
                 assert "Traceback" not in said
             else:
                 assert process.returncode == -signal.SIGTERM
-            time.sleep(1)  # event files are told apart by the second
+            time.sleep(1)  # event file names have a resolution of one second
             run(ppo, "--resume", folder, check=True)
             assert_same_run(ppo, undisturbed, folder)
         trials.survived("Ctrl-C" if case == "SIGINT" else case, ppo, len(trials(1, 5)))
 
 
 def with_file_size(limit):
-    """For a process: no file may grow beyond this, in bytes; to write more fails, as on a full disk."""
+    """Return a preexec_fn that limits the size of files in bytes; writing more fails, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def without_root_s_rights():
-    """For a process: permissions hold for root, too (it loses CAP_DAC_OVERRIDE, 1, when it starts)."""
+    """Drop CAP_DAC_OVERRIDE (1) in a new process, so that file permissions apply to root, too."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory):
-    """Of each script a small run, for a test to copy."""
+    """Return a function that copies a small run of a script, which is made once, to a folder."""
     runs = {}
 
     def copy_of(ppo, folder):
@@ -250,7 +250,7 @@ def saved_run(tmp_path_factory):
 
 
 def tiny(ppo, run_dir, **options):
-    """Arguments of a run of a second."""
+    """Return arguments for a run of about a second."""
     if ppo.__name__ != "ppo_rlhf_llm":
         return small(ppo, run_dir, **options)
     import test_rlhf
@@ -259,7 +259,7 @@ def tiny(ppo, run_dir, **options):
 
 
 def longer(ppo, by=2):
-    """Options with which a small run goes on."""
+    """Return options that extend a tiny run to `by` times its length."""
     if ppo.__name__ == "ppo_rlhf_llm":
         return ["--total-episodes", 32 * by]
     return ["--total-timesteps", 512 * by]
@@ -277,7 +277,7 @@ class TestDisk:
             assert same(ppo.load_checkpoint(run_dir), before)
         trials.survived("no space for a checkpoint", ppo, len(trials(1, 10)))
 
-    # (those of RLHF are never as large as its checkpoints)
+    # not for RLHF: its event files are never as large as its checkpoints
     @in_suites(slow="ppo_continuous", among=[ppo for ppo in SCRIPTS if hasattr(ppo, "make_envs")])
     def test_no_space_for_events(self, ppo, tmp_path, trials):
         options = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --eval-episodes 2"
@@ -290,7 +290,7 @@ class TestDisk:
             result = run(ppo, *options, folder, preexec_fn=with_file_size(limit))
             assert_refused(result, "File too large", events=True)
             assert 0 < ppo.load_checkpoint(folder)["iteration"] < 250
-            time.sleep(1)  # event files are told apart by the second
+            time.sleep(1)  # event file names have a resolution of one second
             run(ppo, "--resume", folder, check=True)
             assert_same_run(ppo, tmp_path / "alone", folder)
         trials.survived("no space for events", ppo, len(trials(1, 10)))
@@ -333,7 +333,7 @@ def saved(thing, **options):
 
 
 def older(data):
-    """The same, as an earlier format."""
+    """Return the same checkpoint with an older format number."""
     return saved(torch.load(io.BytesIO(data), weights_only=True) | {"format": 0})
 
 
@@ -381,7 +381,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_executes_nothing(
 
 
 def spoiled(data: bytes, draw: random.Random) -> bytes:
-    """A file cut off somewhere, with bits flipped, with a piece of zeros, or with a piece twice."""
+    """Return the file truncated, with a flipped bit, with a block of zeros, or with a duplicated block."""
     place, size = draw.randrange(len(data)), draw.randrange(1, 5000)
     match draw.randrange(4):
         case 0:
@@ -396,7 +396,7 @@ def spoiled(data: bytes, draw: random.Random) -> bytes:
 
 @every_script
 def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir, trials):
-    """Between the parts of the archive there are bytes that mean nothing."""
+    """Allow damage that changes nothing: some bytes between the parts of the archive are unused."""
     saved_run(ppo, run_dir)
     path, before = run_dir / "checkpoint.pt", ppo.load_checkpoint(run_dir)
     data, refused = path.read_bytes(), 0
@@ -412,9 +412,9 @@ def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir,
 
 
 @control
-@pytest.mark.filterwarnings("ignore:.*(ERROR|WARN)", "ignore:.*AsyncVectorEnv")  # Gymnasium's own messages
+@pytest.mark.filterwarnings("ignore:.*(ERROR|WARN)", "ignore:.*AsyncVectorEnv")  # messages of Gymnasium
 class TestEnvironments:
-    """What an environment raises reaches the user as it is, with the index of the environment as a note."""
+    """Environment exceptions, which reach the user unchanged, with the environment index as a note."""
 
     OPTIONS = ("--num-envs", "2", "--num-steps", "64", "--num-minibatches", "4", "--env-id")
 
@@ -433,7 +433,7 @@ class TestEnvironments:
         ],
     )
     def test_what_an_environment_does_wrong(self, ppo, run_dir, monkeypatch, fault, kind, words):
-        env_id = probe(ppo, "Faulty", fault=fault, which=2)  # 0 is made for its spaces, 1 and 2 play
+        env_id = probe(ppo, "Faulty", fault=fault, which=2)  # 0 only provides the spaces; 1 and 2 are stepped
         monkeypatch.setattr(sys, "argv", ["x", *self.OPTIONS, env_id, "--run-dir", str(run_dir)])
         with pytest.raises(kind, match=re.escape(words)) as error:
             ppo.main()
@@ -493,7 +493,7 @@ def test_from_the_shell_an_environment_that_raises_is_a_traceback_and_exit_code_
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 1
-    assert "broken.py" in result.stderr  # where it was raised
+    assert "broken.py" in result.stderr  # the file that raised it
     assert result.stderr.endswith("FileNotFoundError: no licence\nin environment 0\n")
 
 
@@ -521,7 +521,7 @@ def test_a_worker_that_was_not_forked_tells_what_it_raises(tmp_path, method):
 
 
 def refusal_after(ppo, monkeypatch, capsys, *arguments):
-    """The one line with which main() ends a run that has begun, with exit code 2."""
+    """Run main() until it ends with exit code 2 and return its one error line."""
     monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         ppo.main()
@@ -531,13 +531,13 @@ def refusal_after(ppo, monkeypatch, capsys, *arguments):
 
 
 def assert_finite(points):
-    """All metrics; of constant returns no share can be explained, that one is nan then."""
+    """Check that all metrics are finite, except explained_variance, which is nan for constant returns."""
     for tag in points.keys() - {"losses/explained_variance"}:
         assert np.isfinite([value for _, value in points[tag]]).all(), (tag, points[tag])
 
 
 class TestNumbers:
-    """Whatever the scale, nothing becomes nan, and what can be learned is."""
+    """Tests of extreme scales, at which metrics must stay finite and learning must work."""
 
     @pytest.mark.parametrize(("scale", "norm_reward"), [(1e-8, True), (1e8, True), (1e8, False)])
     @each_kind
@@ -547,16 +547,16 @@ class TestNumbers:
         ppo.train(small(ppo, run_dir, env_id=env_id, norm_reward=norm_reward, checkpoint_every=40, **options))
         assert_finite(points := curve(run_dir))
         ((_, reached),) = points["eval/episodic_return"]
-        if norm_reward:  # best is 1 (Discrete) or 0; at first it is 0.5 on the average, or -0.25
+        if norm_reward:  # the best is 1 (Discrete) or 0 (Box); an untrained agent gets about 0.5 or -0.25
             assert reached / scale > (0.99 if discrete(ppo) else -0.02)
 
     @pytest.mark.parametrize(
         ("env", "options"),
         [
-            ("ConstantReward", {}),  # observations, too, are constant, and every episode has one step
+            ("ConstantReward", {}),  # also constant observations and episodes of one step
             ("ConstantReward", dict(norm_adv=False, clip_vloss=True)),
             ("LongerThanTheRun", {}),  # no episode ends
-            ("Counter", {}),  # observations without bounds
+            ("Counter", {}),  # unbounded observations
         ],
     )
     @each_kind
@@ -593,7 +593,7 @@ KEPT = {"run_dir", "resume", "evaluate", "generate", "track", "compile", "captur
 
 
 def random_options(ppo, draw, strange=0.02):
-    """A command line drawn from the types of the fields, some values of another kind or size."""
+    """Draw a command line from the types of the fields; some values have a wrong type or an unusual size."""
     words = []
     for field in fields(ppo.Args):
         option, types = "--" + field.name.replace("_", "-"), get_args(field.type) or (field.type,)
@@ -616,7 +616,7 @@ def random_options(ppo, draw, strange=0.02):
 
 
 class Enough(Exception):
-    """Two iterations are."""
+    """Exception that stops a run in its second iteration."""
 
 
 @in_suites(quick="ppo_continuous", slow="ppo_discrete, ppo_penalty, ppo_rlhf_llm")
@@ -652,7 +652,7 @@ def test_options_drawn_at_random_run_or_are_refused_in_one_line(ppo, tmp_path, m
 
 
 def words_of_a_small_job(ppo):
-    """What random options come after, and may change."""
+    """Return options of a small run, which random options may override."""
     if ppo.__name__ != "ppo_rlhf_llm":
         return ["--total-timesteps", "4096", "--eval-episodes", "1"]
     options = (
@@ -664,7 +664,7 @@ def words_of_a_small_job(ppo):
 
 @in_suites(slow="ppo_rlhf_llm")
 def test_the_same_options_twice_give_the_same_weights(ppo, tmp_path, trials):
-    """Options drawn at random, fresh processes."""
+    """Run each of several random command lines twice, in new processes."""
     same_runs = 0
     for trial in itertools.count():
         words = random_options(ppo, trials.draw, strange=0)

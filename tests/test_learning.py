@@ -1,4 +1,4 @@
-"""Every script learns its default task, and a run's last word is its evaluation."""
+"""Test that every control script solves its default task, according to its final evaluation."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from suite import control
 
 @control
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # benchmarks/ has more
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # more seeds in benchmarks
 def test_the_default_task_is_solved_with_the_shipped_defaults(ppo, run_dir, monkeypatch, seed):
     evaluations, evaluate = [], ppo.evaluate
     monkeypatch.setattr(

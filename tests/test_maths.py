@@ -1,4 +1,4 @@
-"""Every equation against numbers worked by hand and against a slow, obvious second way."""
+"""Test every equation against numbers worked by hand and against a slow but obvious implementation."""
 
 import math
 
@@ -13,7 +13,7 @@ def rows(*shape, seed=0, dtype=torch.float64):
 
 
 def gae_by_double_loop(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """PPO eq. 11 as it is written: a sum over the future for every step, that ends where the episode ends."""
+    """Compute PPO eq. 11 as written: for every step, a sum over the future up to the end of the episode."""
     T, N = rewards.shape
     advantages = torch.zeros_like(rewards)
     for n in range(N):
@@ -85,13 +85,13 @@ class TestClippedPolicyLoss:
     @pytest.mark.parametrize(
         ("ratio", "advantage", "loss", "gradient"),
         [
-            # loss by hand from eq. 7; d loss / d log ratio = -ratio * advantage where it flows
+            # loss by hand from eq. 7; d loss / d log ratio = -ratio * advantage where not clipped
             (1.0, 1.0, -1.0, -1.0),
             (1.1, 1.0, -1.1, -1.1),
-            (1.5, 1.0, -1.2, 0.0),  # better already than the range allows: no further
-            (0.5, 1.0, -0.5, -0.5),  # worse: the way back stays open
-            (1.5, -1.0, 1.5, 1.5),  # worse: the way back stays open
-            (0.5, -1.0, 0.8, 0.0),  # better already than the range allows: no further
+            (1.5, 1.0, -1.2, 0.0),  # improved beyond the range: no gradient
+            (0.5, 1.0, -0.5, -0.5),  # worse than the old policy: full gradient
+            (1.5, -1.0, 1.5, 1.5),  # worse than the old policy: full gradient
+            (0.5, -1.0, 0.8, 0.0),  # improved beyond the range: no gradient
             (0.9, -2.0, 1.8, 1.8),
         ],
     )
@@ -134,9 +134,7 @@ class TestSurrogatePolicyLoss:
         loss = ppo.surrogate_policy_loss(new, torch.zeros(3), advantages)
         assert loss.tolist() == pytest.approx([-2.0, -1.5, 3.0])  # -ratio * advantage, per element
         loss.sum().backward()
-        assert new.grad.tolist() == pytest.approx(
-            [-2.0, -1.5, 3.0]
-        )  # nothing stops it: d ratio / d log = ratio
+        assert new.grad.tolist() == pytest.approx([-2.0, -1.5, 3.0])  # d ratio / d log ratio = ratio
 
     def test_at_ratio_one_the_gradient_is_the_policy_gradient_of_eq_1(self, ppo):
         new, advantages = rows(50).requires_grad_(), rows(50, seed=1)
@@ -153,7 +151,7 @@ class TestSurrogatePolicyLoss:
         (0.0, 0.5),
         (0.03, 0.5),
         (0.0399, 0.5),
-        (0.04, 1.0),  # 0.06 / 1.5: at the threshold it stays
+        (0.04, 1.0),  # 0.06 / 1.5: unchanged at the threshold
         (0.06, 1.0),
         (0.09, 1.0),  # 0.06 * 1.5
         (0.0901, 2.0),
@@ -179,9 +177,9 @@ class TestValueLoss:
     @pytest.mark.parametrize(
         ("new", "returns", "loss", "flows"),
         [
-            (0.1, 1.0, 0.5 * 0.9**2, True),  # within 0.2 of the old value, 0: plain
-            (0.5, 1.0, 0.5 * 0.8**2, False),  # nearer than the clip allows: counted as if at 0.2
-            (0.5, -1.0, 0.5 * 1.5**2, True),  # farther than before: the way back stays open
+            (0.1, 1.0, 0.5 * 0.9**2, True),  # within 0.2 of the old value 0: not clipped
+            (0.5, 1.0, 0.5 * 0.8**2, False),  # more than 0.2 closer to the return: clipped to 0.2
+            (0.5, -1.0, 0.5 * 1.5**2, True),  # farther from the return: not clipped
         ],
     )
     def test_clipping_by_hand(self, ppo, new, returns, loss, flows):
@@ -225,9 +223,7 @@ class TestGaussianKL:
         old, new = (rows(6, 3), rows(6, 3, seed=1)), (rows(6, 3, seed=2), rows(6, 3, seed=3))
         p, q = (Independent(Normal(mean, log_std.exp()), 1) for mean, log_std in (old, new))
         torch.testing.assert_close(ppo.gaussian_kl(*old, *new), kl_divergence(p, q))
-        assert (
-            kl_divergence(p, q) - kl_divergence(q, p)
-        ).abs().min() > 0.1  # the other way is another number
+        assert (kl_divergence(p, q) - kl_divergence(q, p)).abs().min() > 0.1  # the reverse KL differs
 
     def test_is_the_mean_of_log_old_minus_log_new_over_samples_of_old(self, ppo):
         old, new = (torch.tensor([0.3, -1.0]), torch.tensor([0.1, -0.4])), (torch.zeros(2), torch.zeros(2))
@@ -307,7 +303,7 @@ class TestCategorical:
         torch.testing.assert_close(ppo.categorical_entropy(log_policy), distribution.entropy())
 
     def test_multibinary_agrees_with_torch_distributions(self, ppo):
-        logits = rows(7, 4, 2)  # of 0 and of 1
+        logits = rows(7, 4, 2)  # for the values 0 and 1
         actions = (rows(7, 4, seed=1) > 0).long()
         distribution = Independent(Bernoulli(logits=logits[..., 1] - logits[..., 0]), 1)
         logprobs = ppo.categorical_logprobs(actions, logits.log_softmax(-1))
@@ -338,7 +334,7 @@ class TestApproxKL:
 
     def test_is_kl_of_old_to_new_not_the_other_way(self, ppo):
         old, new = Normal(torch.zeros(()).double(), 1.0), Normal(torch.zeros(()).double(), 1.5)
-        samples = rows(400_000)  # from old
+        samples = rows(400_000)  # drawn from old
         estimate = ppo.approx_kl(new.log_prob(samples), old.log_prob(samples)).item()
         forward = torch.distributions.kl_divergence(old, new).item()
         backward = torch.distributions.kl_divergence(new, old).item()
@@ -355,7 +351,7 @@ def test_clip_fraction_counts_the_ratios_outside(ppo):
 @scripts_with("explained_variance")
 def test_explained_variance_of_perfect_constant_and_opposite_values(ppo):
     returns = torch.tensor([1.0, 2.0, 3.0])
-    assert ppo.explained_variance(returns + 5, returns).item() == pytest.approx(1.0)  # an offset explains all
+    assert ppo.explained_variance(returns + 5, returns).item() == pytest.approx(1.0)  # offsets do not count
     assert ppo.explained_variance(torch.zeros(3), returns).item() == pytest.approx(0.0)
     assert ppo.explained_variance(-returns, returns).item() == pytest.approx(-3.0)  # 1 - 4 Var / Var
 
@@ -374,9 +370,9 @@ def test_running_sums_by_hand(ppo):
     dones = torch.tensor([[False], [True], [False]]).numpy()
     start = torch.tensor([[10.0, 20.0, 4.0]]).double().numpy()
     sums, next_start = ppo.running_sums(rewards, dones, 0.5, start)
-    # discounted return 1 + 5, 2 + 3, afresh 3; return 1 + 20, 2 + 21, afresh 3; length 5, 6, afresh 1
+    # sums restart after the done: discounted 1 + 5, 2 + 3, 3; return 1 + 20, 2 + 21, 3; length 5, 6, 1
     assert sums[:, 0].tolist() == [[6.0, 21.0, 5.0], [5.0, 23.0, 6.0], [3.0, 3.0, 1.0]]
-    assert next_start.tolist() == [[3.0, 3.0, 1.0]]  # the last episode goes on in the next rollout
+    assert next_start.tolist() == [[3.0, 3.0, 1.0]]  # the last episode continues in the next rollout
 
 
 @scripts_with("RunningMoments")

@@ -1,4 +1,4 @@
-"""The study of over-optimisation: its maths, its way through a small job, what README.md quotes of it."""
+"""Test the over-optimisation study: its mathematics, a small study, and its tables in README.md."""
 
 import functools
 import itertools
@@ -18,27 +18,27 @@ from suite import ROOT, SCRIPTS, load_module
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setitem(sys.modules, RLHF.__name__, RLHF)  # the study imports it anew; afterwards it is this
+    monkeypatch.setitem(sys.modules, RLHF.__name__, RLHF)  # the study replaces it; undo that after the test
     return load_module(ROOT / "benchmarks" / "overoptimisation.py", "overoptimisation")
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
 def test_the_best_of_n_is_a_mean_over_all_choices_of_n_answers(study, n):
     draw = np.random.default_rng(1)
-    scores, gold = draw.normal(size=(2, 3, 6))  # three prompts, six answers to each
+    scores, gold = draw.normal(size=(2, 3, 6))  # three prompts, six responses each
     best = [max(chosen) for row in zip(scores, gold, strict=True) for chosen in choices(*row, n)]
     assert study.expected_best(scores, gold, n) == pytest.approx(np.mean(best, 0))
 
 
 def choices(scores, gold, n):
-    """All choices of n answers, each with its score and its gold."""
+    """Return all subsets of n responses, each response as (score, gold)."""
     return itertools.combinations(zip(scores, gold, strict=True), n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 256])
 def test_the_kl_of_best_of_n_is_exact_if_no_answer_comes_twice_and_a_bound_if_some_do(study, n):
     def exact(outcomes):
-        """KL to uniform of the greatest of n draws; that it is at most k has the chance (k / outcomes)^n."""
+        """Compute KL(maximum of n draws, uniform), where P(maximum <= k) = (k / outcomes)^n."""
         chance = np.diff((np.arange(outcomes + 1) / outcomes) ** n)
         return sum(p * math.log(p * outcomes) for p in chance if p > 0)
 
@@ -86,7 +86,7 @@ def test_a_small_study_fills_all_tables_and_is_missing_nothing_then(small_study)
     assert list(small_study.missing()) == []
     (ppo,), (best,) = small_study.points("beta 0.1", 20), small_study.points("best of n", 20)
     assert ppo.shape == (5, 3) and ppo[0, 0] == pytest.approx(0, abs=1e-4) and ppo[-1, 0] > 0
-    assert best[0, 1] < best[1, 1] < best[2, 1]  # the best of more has a higher score
+    assert best[0, 1] < best[1, 1] < best[2, 1]  # the score increases with n
     lines = "\n".join(small_study.report())
     assert "nan" not in lines and lines.count("| beta 0 |") == 6 and lines.count("What now?") > 0
 
@@ -98,7 +98,7 @@ def test_a_run_that_was_interrupted_goes_on_and_gives_the_rows_of_one_that_was_n
     shutil.rmtree(small_study.RUNS / "beta-0.1-1-20")
     calls, clip_gradient = iter(range(20)), small_study.rlhf.clip_gradient
 
-    def clip_until_the_third_iteration(*inputs):  # an iteration has eight minibatches
+    def clip_until_the_third_iteration(*inputs):  # eight calls per iteration
         next(calls)
         return clip_gradient(*inputs)
 
@@ -106,7 +106,7 @@ def test_a_run_that_was_interrupted_goes_on_and_gives_the_rows_of_one_that_was_n
         patch.setattr(small_study.rlhf, "clip_gradient", clip_until_the_third_iteration)
         run()
     assert run() == whole
-    with monkeypatch.context() as patch:  # as if it had been killed before its rows were written
+    with monkeypatch.context() as patch:  # as if killed after training, before writing rows
         patch.setattr(small_study.rlhf, "clip_gradient", None)
         assert run() == whole
 

@@ -1,4 +1,4 @@
-"""The KL penalty at work: the coefficient over iterations, its limits, the checkpoint, the objective."""
+"""Test training with the KL penalty: coefficient over iterations, its limits, checkpoint and objective."""
 
 import math
 
@@ -10,11 +10,11 @@ penalty = scripts_with("update_kl_coef", "make_envs", among=each_kind.args[1])
 
 
 def of_every_minibatch(ppo, monkeypatch):
-    """Makes every KL zero -> of each its size and, once trained, its gradient: the coefficient it had."""
+    """Replace every KL with zeros; return [size, coefficient] of each, the latter from its gradient."""
     kls = []
 
     def kl(*policies):
-        new = policies[len(policies) // 2]  # mean of a Gaussian, log-probabilities of choices
+        new = policies[len(policies) // 2]  # mean (Gaussian) or log-probabilities (Categorical)
         zeros = 0 * new.flatten(1).sum(1)
         kls.append([len(zeros), None])
         if zeros.requires_grad:
@@ -33,7 +33,7 @@ class TestCoefficient:
     ):
         kls = of_every_minibatch(ppo, monkeypatch)
         ppo.train(small(ppo, run_dir, kl_coef=0.7))
-        assert len(kls) == 4 * (2 * 4 + 1)  # iterations, epochs, minibatches, and once over all rows
+        assert len(kls) == 4 * (2 * 4 + 1)  # iterations, epochs, minibatches, and one KL over all rows
         for iteration in range(4):
             *minibatches, whole = kls[9 * iteration : 9 * iteration + 9]
             assert [x for _, x in minibatches] == pytest.approx([0.7 / 2**iteration] * 8)
@@ -115,7 +115,7 @@ class TestCoefficient:
 def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
     ppo, run_dir, monkeypatch, kl_coef
 ):
-    """Once more from the definition, with torch's own distributions, at the second step (ratio not one)."""
+    """Recompute it by definition with torch.distributions at the second step, where ratios are not one."""
     agents, weights, gradients, observations, batches = [], [], [], [], []
     flatten, step = ppo.flatten_parameters, torch.optim.Adam.step
     kind = ppo.Categorical if discrete(ppo) else ppo.Gaussian
@@ -153,7 +153,7 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
             return torch.distributions.Categorical(logits=outputs)
         return torch.distributions.Independent(torch.distributions.Normal(outputs, agent.log_std.exp()), 1)
 
-    # of each: the whole rollout, the first minibatch, the second
+    # index 0 is the whole rollout, 1 the first minibatch, 2 the second minibatch
     (agent,), obs, (actions, advantages) = agents, observations[2], batches[2]
     actions = actions.squeeze(-1) if discrete(ppo) else actions
     agent.load_state_dict(weights[0], strict=False)

@@ -1,4 +1,4 @@
-"""The project as a whole: shared text, files that stand alone, a README that tells the truth."""
+"""Test the project as a whole: shared text, self-contained files, and the claims of README.md."""
 
 import ast
 import csv
@@ -16,7 +16,7 @@ from collections import defaultdict
 import pytest
 from suite import ROOT, SCRIPTS
 
-# Names whose text differs between the scripts, each with the reason.
+# Names whose text differs between the scripts, with the reasons.
 DIFFERENT: dict[str, str] = {
     "Args": "the options of the variant",
     "Agent": "the distribution of the actions, and the network for images",
@@ -36,9 +36,9 @@ DIFFERENT: dict[str, str] = {
     "save_checkpoint": "the penalty's coefficient; three stages and four models",
     "main": "what a saved run can do",
 }
-# Lines of code (DESIGN: not blank, not comment, not docstring) of each script, at most.
+# Maximum lines of code of each script, without blank lines, comments and docstrings.
 BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1140}
-# What serves the algorithm besides the functions of the mathematics: options, model, environments, train().
+# Utilities. The algorithm is the rest: options, mathematics, model, environments, train().
 PLUMBING = {
     *("UserError", "require", "make_agent", "evaluate", "set_up_torch", "compiled", "check_finite", "main"),
     *(
@@ -54,7 +54,7 @@ PLUMBING = {
 
 
 def definitions(script):
-    """Top-level functions and classes of a script: name -> text."""
+    """Return the top-level functions and classes of a script: name -> text."""
     text = (ROOT / f"{script.__name__}.py").read_text()
     nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return {node.name: ast.get_source_segment(text, node) for node in nodes}
@@ -66,11 +66,11 @@ def test_one_name_has_one_text_in_all_scripts():
         for name, text in definitions(script).items():
             texts[name].add(text)
     different = {name for name, variants in texts.items() if len(variants) > 1}
-    assert different == set(DIFFERENT), "make the texts equal, or give (or drop) the reason in DIFFERENT"
+    assert different == set(DIFFERENT), "make the texts equal, or add or remove an entry of DIFFERENT"
 
 
 def code_lines(text):
-    """The numbers of the lines that are neither blank nor comment nor docstring."""
+    """Return the numbers of the lines that are not blank, comments or docstrings."""
     docstrings = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -89,7 +89,7 @@ def test_lines_of_code_are_counted():
 
 
 def imported(script):
-    """Names of the packages that a script imports."""
+    """Return the names of the packages that a script imports."""
     nodes = list(ast.walk(ast.parse((ROOT / f"{script.__name__}.py").read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -100,7 +100,7 @@ def imported(script):
 class TestScript:
     def test_imports_nothing_of_this_project(self, script):
         allowed = {"gymnasium", "numpy", "safetensors", "torch", "tqdm", "tyro"} | sys.stdlib_module_names
-        assert imported(script) <= allowed | {"ale_py", "transformers", "wandb"}  # these only if asked for
+        assert imported(script) <= allowed | {"ale_py", "transformers", "wandb"}  # imported only on demand
 
     def test_its_metadata_block_names_what_it_imports_in_ranges_that_hold_what_is_pinned(self, script):
         text = (ROOT / f"{script.__name__}.py").read_text()
@@ -108,7 +108,7 @@ class TestScript:
         metadata = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
         ranges = {re.match(r"[\w-]+", entry).group(): entry for entry in metadata["dependencies"]}
         pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-        assert set(ranges) == imported(script) & set(pins) | {"tensorboard"}  # torch imports that
+        assert set(ranges) == imported(script) & set(pins) | {"tensorboard"}  # imported by torch
         for name, entry in ranges.items():
             lowest = re.search(r">=([\d.]+)", entry)
             if lowest:
@@ -135,7 +135,7 @@ class TestScript:
 
     def test_at_least_half_of_it_serves_the_algorithm(self, script):
         if not hasattr(script, "make_envs"):
-            return  # three stages have utilities of their own
+            return  # RLHF has more utilities, for its three stages
         text = (ROOT / f"{script.__name__}.py").read_text()
         lines, plumbing = code_lines(text), set()
         for node in ast.parse(text).body:
@@ -151,7 +151,7 @@ class TestScript:
 
 
 README = (ROOT / "README.md").read_text()
-# options for a run of seconds, of a control script and of RLHF
+# options for a run of a few seconds: of a control script, of RLHF
 SHORT = [
     "--total-timesteps 2048 --eval-episodes 1",
     "--layers 1 --width 16 --num-texts 64 --num-pairs 20 --total-episodes 64 --answer-length 8"
@@ -160,7 +160,7 @@ SHORT = [
 
 
 def table(section):
-    """The rows of the first table in a section of README.md, as lists of cells."""
+    """Return the rows of the first table in a section of README.md, as lists of cells."""
     text = README.split(f"## {section}")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -177,7 +177,7 @@ def test_the_details_table_names_functions_defaults_and_switches_that_exist(sect
         ), detail
         for option in re.findall(r"`--(?:no-)?([\w-]+)", switch):
             assert any(hasattr(script.Args(), option.replace("-", "_")) for script in scripts), detail
-        # `option = value`, after the name of a script if it holds for that script alone
+        # `option = value`, preceded by the name of a script if it applies to that script only
         stated = re.findall(r"(?:`(ppo_\w+)`: )?`(\w+) = ([^`]+)`", default)
         assert stated or "=" not in default, detail
         for _, option, _ in stated:
@@ -215,7 +215,7 @@ def test_every_path_that_the_readme_links_to_exists():
 
 
 def readme_blocks(language):
-    """The code blocks of README.md with the comment that stands before them, if any."""
+    """Return the code blocks of README.md as (mark, text); the mark is a comment before the block, if any."""
     return re.findall(rf"(?:<!-- test: (.*?) -->\n)?```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -240,7 +240,7 @@ def test_the_python_lines_of_the_readme_run(tmp_path):
 
 
 def commands():
-    """Every command in README.md that is not marked "by hand", with the mark that stands before its block."""
+    """Return (mark, command) for every command in README.md that is not marked "by hand"."""
     found = []
     for mark, block in readme_blocks("bash"):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -252,7 +252,7 @@ def commands():
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory):
-    """A function: script -> the folder of a short run of it, made once."""
+    """Return a function: script -> folder of a short run, which is made once."""
 
     @functools.cache
     def make(script):
@@ -267,7 +267,7 @@ def short_run(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mark", "line"), commands(), ids=lambda x: str(x)[:60])
 def test_every_command_of_the_readme_runs(mark, line, tmp_path, short_run):
-    """As it is written where it is short; a training command marked long gets fewer steps."""
+    """Run the command as written, except that a training command marked "long" gets fewer steps."""
     if "mujoco" in mark:
         pytest.importorskip("mujoco", reason="needs requirements-extra.txt")
     if "atari" in mark:

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was not."""
+"""Test that a run that was killed and resumed equals an uninterrupted run."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def command(ppo, *options):
 
 
 def same(a, b):
-    """Equality to the last bit of nested dicts, lists and tensors."""
+    """Return whether nested dicts, lists and tensors are exactly equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -34,11 +34,11 @@ def assert_same_run(ppo, one, other):
             assert [step for step, _ in first[tag]] == [step for step, _ in second[tag]], tag
         else:
             assert first[tag] == second[tag], tag
-        assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has a point twice"
+        assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has duplicate steps"
 
 
 def stopped_after(ppo, monkeypatch, args, iterations):
-    """Trains, and stops as if killed when the checkpoint of that iteration is written."""
+    """Train and stop, as if killed, once the checkpoint of the given iteration is written."""
     save = ppo.save_checkpoint
 
     class Killed(BaseException):

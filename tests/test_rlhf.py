@@ -1,4 +1,4 @@
-"""RLHF: its equations by hand, and every trap that others fell into, built in to see that it is noticed."""
+"""Test RLHF: equations against numbers worked by hand; known bugs that the self-check must detect."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def tiny(run_dir=None, **options):
-    """Arguments of a run that takes seconds: 2 iterations of stage 3."""
+    """Return arguments for a run of a few seconds, with 2 iterations of stage 3."""
     defaults = dict(
         layers=2, heads=2, width=16, num_texts=64, sft_epochs=1, num_pairs=20, total_episodes=32,
         batch_size=16, num_minibatches=2, answer_length=24, eval_prompts=16, checkpoint_every=1,
@@ -29,7 +29,7 @@ def tiny(run_dir=None, **options):
 def make_models(**options):
     torch.manual_seed(0)
     models = rlhf.Models(tiny(**options))
-    # far from the small weights of the start, where all models are alike
+    # add noise: with the small initial weights, the outputs of all models are almost the same
     for parameter in models.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     models.reference.load_state_dict(models.actor.state_dict())
@@ -45,17 +45,17 @@ PROMPTS = [
 
 
 def answer_logits(models, ids, attention, length):
-    """Logits of the actor before each of the last tokens, (B, length, V)."""
+    """Return the actor's logits for each of the last `length` tokens, (B, length, V)."""
     return models.actor.lm_head(models.states_before(models.actor, ids, attention, length))
 
 
 def rows(models, texts):
-    """Texts of different length as a padded batch: ids, attention, mask."""
+    """Return texts of different length as a padded batch: ids, attention, mask."""
     return rlhf.join(models, *zip(*rlhf.encode(models, texts), strict=True))
 
 
 TEXTS = list(zip(PROMPTS, ["Sorry!", "We repair the lamp.", "", "Read the manual."], strict=True))
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()  # two answers, of three tokens and of one
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()  # two responses: three tokens and one token
 
 
 class TestMaths:
@@ -68,17 +68,18 @@ class TestMaths:
         logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -9.0, -9.0]])
         ref_logprobs = torch.tensor([[-1.5, -2.0, -1.0], [-3.0, -5.0, -5.0]])
         rewards = rlhf.token_rewards(torch.tensor([10.0, 20.0]), logprobs, ref_logprobs, MASK, 0.1)
-        # -0.1 (log pi - log ref): -0.05, 0, +0.2 and -0.2; the score on the last real token
+        # -0.1 (log pi - log ref): -0.05, 0, +0.2 and -0.2; the last real token also gets the score
         torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.0, 10.2], [19.8, 0.0, 0.0]]))
 
     def test_advantages_of_two_answers_of_different_length_by_hand(self):
         rewards = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
-        values = torch.tensor([[0.5, 0.25, 0.5], [1.0, 7.0, 7.0]])  # 7: padding
+        values = torch.tensor([[0.5, 0.25, 0.5], [1.0, 7.0, 7.0]])  # 7 is padding
         ends = torch.tensor([[0, 0, 1], [1, 0, 0]]).bool()
         next_values = torch.tensor([[0.25, 0.5, 0.0], [7.0, 7.0, 0.0]])
         columns = [x.T for x in (rewards, values, next_values, ends, torch.zeros_like(ends))]
         advantages, returns = rlhf.compute_gae(*columns, 1.0, 0.5)
-        # backwards: 1 - 0.5 = 0.5; 0.5 - 0.25 + 0.5 * 0.5 = 0.5; 0.25 - 0.5 + 0.5 * 0.5 = 0; and 2 - 1 = 1
+        # last to first: 1 - 0.5 = 0.5; 0.5 - 0.25 + 0.5 * 0.5 = 0.5; 0.25 - 0.5 + 0.5 * 0.5 = 0
+        # second response: 2 - 1 = 1
         torch.testing.assert_close(advantages.T[MASK], torch.tensor([0.0, 0.5, 0.5, 1.0]))
         torch.testing.assert_close(returns.T[MASK], torch.tensor([0.5, 0.75, 1.0, 2.0]))
 
@@ -111,7 +112,7 @@ class TestMaths:
         torch.testing.assert_close(ratio.squeeze(1), torch.stack(products))
 
     def test_k1_in_the_reward_and_the_exact_kl_in_the_loss_have_the_gradient_of_the_objective(self):
-        """Answers of one token, all V of them: the gradient of E[score] - beta KL(pi, ref), unsampled."""
+        """Compare with the exact gradient of E[score] - beta KL(pi, ref) over all V one-token responses."""
         scores, ref_logits, beta = torch.randn(5, dtype=torch.float64), torch.randn(5).double(), 0.7
         logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
         objective = (logits.softmax(0) * scores).sum() - beta * rlhf.categorical_kl(logits, ref_logits)
@@ -138,10 +139,10 @@ class TestModels:
         models = make_models()
         ids, attention, mask = rows(models, TEXTS)
         changed = ids.clone()
-        changed[:, -2] = 65  # what the logits before the last are for
+        changed[:, -2] = 65  # the second-to-last logits predict this token
         before, after = (answer_logits(models, x, attention, mask.shape[1]) for x in (ids, changed))
         torch.testing.assert_close(before[:, :-1], after[:, :-1])
-        # the last ones follow it, in the longest text
+        # the last logits depend on it; checked in the longest text
         assert (before[3, -1] - after[3, -1]).abs().max() > 0.1
 
     def test_padding_and_neighbours_change_nothing(self):
@@ -177,7 +178,8 @@ class TestModels:
 
     def test_answers_end_at_their_first_end_and_what_follows_is_padding(self):
         models = make_models()
-        models.actor.lm_head.weight.data[256] += models.actor.base_model.norm.bias.data  # an end now and then
+        # raise the probability of the end token, so that some responses finish
+        models.actor.lm_head.weight.data[256] += models.actor.base_model.norm.bias.data
         ids, attention, mask, _ = rlhf.generate(models, models.actor, PROMPTS * 20)
         answers, finished = ids[:, -mask.shape[1] :], rlhf.finished_answers(models, ids, mask)
         assert 0 < finished.sum() < len(finished)
@@ -195,7 +197,7 @@ class TestModels:
         frequencies = torch.bincount(drawn, minlength=258) / len(drawn)
         deviation = (expected * (1 - expected) / len(drawn)).sqrt()
         assert ((frequencies - expected).abs() < 5 * deviation + 1e-4).all()
-        assert ((frequencies - expected) / deviation).square().mean() < 1.5  # 1 is expected
+        assert ((frequencies - expected) / deviation).square().mean() < 1.5  # its expected value is 1
 
     def test_text_in_any_language_survives(self):
         tokenizer = rlhf.ByteTokenizer()
@@ -255,7 +257,7 @@ class TestSelfCheck:
         models = make_models()
         models.actor.lm_head.weight.data *= 1.01
         self.refused(models, "reference")
-        rlhf.check_models(models, PROMPTS, fresh=False)  # of a resumed run it is so
+        rlhf.check_models(models, PROMPTS, fresh=False)  # they may differ in a resumed run
 
     def test_notices_a_score_that_is_one_position_off(self, monkeypatch):
         monkeypatch.setattr(
@@ -266,7 +268,8 @@ class TestSelfCheck:
     def test_notices_a_score_read_behind_the_end(self, monkeypatch):
         monkeypatch.setattr(rlhf, "at_end", lambda scores, mask: scores[:, -1])
         models = make_models()
-        models.actor.lm_head.weight.data[256] += 12 * models.actor.base_model.norm.bias.data  # some end
+        # raise the probability of the end token, so that some responses finish
+        models.actor.lm_head.weight.data[256] += 12 * models.actor.base_model.norm.bias.data
         models.reference.load_state_dict(models.actor.state_dict())
         self.refused(models, "last real token")
 
@@ -289,7 +292,7 @@ class TestSelfCheck:
 
 
 class TestTraps:
-    """Traps that no check of a running program can see."""
+    """Tests of bugs that the self-check of a run cannot detect."""
 
     def test_the_end_is_learned_even_if_it_is_the_padding_token(self):
         models = make_models()
@@ -347,7 +350,7 @@ class TestTraps:
 
 
 def record(monkeypatch, name):
-    """Keeps the inputs and the output of every call of a function of the script."""
+    """Record every call of a function of the script and return the list of (inputs, output)."""
     calls, function = [], getattr(rlhf, name)
 
     def recorded(*inputs):
@@ -428,7 +431,7 @@ class TestTrain:
     def test_target_kl_stops_the_epochs_at_the_minibatch_that_exceeds_it(self, run_dir, monkeypatch):
         added = record(monkeypatch, "add_gradients")
         rlhf.train(tiny(run_dir, target_kl=1e-9))
-        # the self-check has two; in each iteration the ratio of the first is one, and the second exceeds
+        # 2 calls in the self-check; 2 per iteration, as the KL is 0 at the first and exceeds target_kl then
         assert len(added) == 2 + 2 * 2
 
     def test_the_optimiser_has_the_epsilon_of_the_authors(self, run_dir):
@@ -438,7 +441,7 @@ class TestTrain:
 
 
 def train_and_stop(monkeypatch, args, saves):
-    """Trains, and stops as if killed when that many checkpoints are written."""
+    """Train and stop, as if killed, once the given number of checkpoints is written."""
     save, countdown = rlhf.save_checkpoint, saves
 
     class Killed(BaseException):
@@ -460,7 +463,7 @@ def train_and_stop(monkeypatch, args, saves):
 class TestResume:
     @pytest.mark.parametrize("saves", [1, 2, 3, 4])
     def test_a_run_stopped_after_any_stage_goes_on_as_if_it_had_not(self, tmp_path, monkeypatch, saves):
-        """Stopped at the start, after SFT, after the reward model, after an iteration of PPO."""
+        """Stop at the start, after SFT, after the reward model, or after an iteration of PPO."""
         history = rlhf.train(tiny(tmp_path / "alone"))
         train_and_stop(monkeypatch, tiny(tmp_path / "killed"), saves)
         assert resumed(rlhf, tmp_path / "killed") == history and len(history) == 2
@@ -534,7 +537,7 @@ def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
     assert set(tags) == set(documented_metrics("Metrics of RLHF"))
     stage_3 = ["score", "gold", "kl", "response_length", "finished"]
     for tag in [*(f"rlhf/{name}" for name in stage_3), "charts/kl_coef", "charts/tokens_per_second"]:
-        assert [step for step, _ in tags[tag]] == [84 + 16, 84 + 32], tag  # after 64 texts and 20 pairs
+        assert [step for step, _ in tags[tag]] == [84 + 16, 84 + 32], tag  # 84: 64 texts and 20 pairs
     assert [step for step, _ in tags["sft/loss"]] == list(range(8, 65, 8))
     assert [step for step, _ in tags["reward_model/accuracy"]] == [84]
     for name in ("gold", "win_rate", "kl", "distinct", "finished"):
@@ -583,7 +586,7 @@ def test_the_labeller_has_the_tastes_that_the_readme_tells():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # benchmarks/ has more
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # more seeds in benchmarks
 def test_a_short_run_of_the_whole_pipeline_raises_the_gold_score(run_dir, seed):
     options = dict(layers=2, heads=4, width=64, num_texts=3000, num_pairs=1500, total_episodes=640, seed=seed)
     options |= dict(batch_size=64, num_minibatches=8, answer_length=56)
@@ -591,4 +594,4 @@ def test_a_short_run_of_the_whole_pipeline_raises_the_gold_score(run_dir, seed):
     history = rlhf.train(tiny(run_dir, **options))
     gold = [row["rlhf/gold"] for row in history]
     assert sum(gold[-4:]) / 4 > sum(gold[:4]) / 4 + 0.5
-    assert history[-1]["rlhf/response_length"] > 15  # it did not learn to say nothing
+    assert history[-1]["rlhf/response_length"] > 15  # responses did not become empty

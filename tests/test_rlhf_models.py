@@ -1,4 +1,4 @@
-"""RLHF with models of the transformers library and data in files: random models made here, no network."""
+"""Test RLHF with models of the transformers library and data files, on random models without network."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def transformers():
 
 
 def save_tokenizer(folder, transformers, **special):
-    """A byte-level tokenizer trained on the pairs above."""
+    """Train a byte-level tokenizer on the pairs above, save it to folder and return it."""
     from tokenizers import ByteLevelBPETokenizer
 
     trained = ByteLevelBPETokenizer()
@@ -43,7 +43,7 @@ def save_tokenizer(folder, transformers, **special):
 
 
 def save_model(folder, transformers, kind, head="CausalLM", **special):
-    """A random model of this kind with its tokenizer -> its folder as text."""
+    """Save a random model of the given kind with its tokenizer and return the folder as a string."""
     tokenizer = save_tokenizer(folder, transformers, **special)
     sizes = {
         "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
@@ -59,7 +59,8 @@ def save_model(folder, transformers, kind, head="CausalLM", **special):
         config.num_labels = 1
     torch.manual_seed(1)
     model = getattr(transformers, "AutoModelFor" + head).from_config(config)
-    for parameter in model.parameters():  # far from the small weights of the start, where all texts are alike
+    # add noise: with the small initial weights, the outputs for all texts are almost the same
+    for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return str(folder)
@@ -72,7 +73,7 @@ def write(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Options that name files with the pairs above."""
+    """Return options that name files with the pairs above."""
     rows = [(prompt, chosen, rejected) for prompt, chosen, rejected in PAIRS]
     return dict(
         sft_data=write(tmp_path / "sft.jsonl", [{"prompt": p, "completion": c} for p, c, _ in rows]),
@@ -86,7 +87,7 @@ def files(tmp_path):
 
 
 def shout(prompts, answers):
-    """A reward function: exclamation marks."""
+    """Return the number of exclamation marks of each answer, as a reward function."""
     return [float(answer.count("!")) for answer in answers]
 
 
@@ -97,7 +98,7 @@ class TestEachKindOfModel:
     ):
         path = save_model(tmp_path / kind, transformers, kind)
         trap = rlhf.check_trap
-        # the self-check of every run, but stricter
+        # the usual self-check with a stricter limit
         monkeypatch.setattr(rlhf, "check_trap", lambda name, x, limit=1e-4: trap(name, x, limit))
         saved, check = [], rlhf.check_models
         monkeypatch.setattr(
@@ -107,7 +108,7 @@ class TestEachKindOfModel:
         assert {"sft/held_out_loss", "reward_model/accuracy", "rlhf/score", "eval/win_rate"} <= curve(
             run_dir
         ).keys()
-        assert "rlhf/gold" not in curve(run_dir)  # nobody knows it
+        assert "rlhf/gold" not in curve(run_dir)  # unknown for data from files
         actor = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "policy")
         tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "policy")
         ids = torch.tensor([tokenizer.encode("我的灯坏了。\n")])
@@ -129,11 +130,11 @@ class TestTokenizers:
         assert grown.tokenizer.pad_token_id != grown.tokenizer.eos_token_id
         size = len(save_tokenizer(tmp_path / "b", transformers))
         assert grown.actor.get_input_embeddings().num_embeddings == size + 1
-        # a model that pads with its end
+        # a model that uses its end token for padding
         path = save_model(tmp_path / "c", transformers, "Llama", pad_token="<end>")
         models = rlhf.Models(tiny(model=path))
         assert models.tokenizer.pad_token_id != models.tokenizer.eos_token_id
-        # a model that has padding
+        # a model with a padding token of its own
         path = save_model(tmp_path / "d", transformers, "Llama", pad_token="<pad>")
         assert rlhf.Models(tiny(model=path)).actor.get_input_embeddings().num_embeddings == size + 1
 
@@ -176,7 +177,7 @@ class TestScores:
         scores = rlhf.at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask)
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        for score, (prompt, answer) in zip(scores, texts, strict=True):  # alone, so that nothing is padded
+        for score, (prompt, answer) in zip(scores, texts, strict=True):  # one at a time, so without padding
             alone = classifier(torch.tensor([tokenizer.encode(prompt + answer)])).logits[0, 0]
             torch.testing.assert_close(score, alone, atol=1e-4, rtol=1e-4)
 
@@ -220,7 +221,7 @@ def test_a_large_vocabulary_is_read_in_chunks_with_the_same_values_and_gradients
     states, ref_states = torch.randn(2, 3, 5, 16).unbind()
     results, sizes = [], []
     models.actor.lm_head.register_forward_hook(lambda module, x, y: sizes.append(y.numel()))
-    for limit in (2**24, 258 * 4):  # all 15 rows at once, or 4
+    for limit in (2**24, 258 * 4):  # all 15 rows at once, or 4 at a time
         monkeypatch.setattr(rlhf, "LOGITS_AT_ONCE", limit)
         models.zero_grad()
         x = states.clone().requires_grad_()
@@ -234,7 +235,7 @@ def test_a_large_vocabulary_is_read_in_chunks_with_the_same_values_and_gradients
 
 
 def peak_memory(function):
-    """The most bytes that tensors take at once while it runs."""
+    """Return the peak memory of tensors, in bytes, while the function runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
         function()
     events = sorted(run.events(), key=lambda event: event.time_range.start)
@@ -262,7 +263,7 @@ def test_a_large_vocabulary_needs_the_memory_of_one_chunk_however_many_the_answe
             }[job]
         )
 
-    peak(1, 8)  # gradients are made
+    peak(1, 8)  # allocate the gradients first
     assert peak(8, 8) < 1.3 * peak(1, 8)
     assert peak(8, 8) < peak(8, 128) / 4
 
@@ -281,7 +282,7 @@ class TestFiles:
             ("5", "line 3"),
             (r'{"text": "\ud800"}', "line 3"),
             ('{"text": "a", "text": "b"}', "line 3: no JSON object .*, each key once"),
-            ('{"prompt": "a", "completion": "tab\there"}', "line 3"),  # JSON has \\t for it
+            ('{"prompt": "a", "completion": "tab\there"}', "line 3"),  # JSON requires \t for a tab
             ("[" * 100_000, "line 3"),
             ("9" * 10_000, "line 3"),
         ],
@@ -300,7 +301,7 @@ class TestFiles:
             rlhf.read_jsonl(rlhf.Models(tiny()), str(path), "prompt")
 
     def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
-        """The first is left out, the others are texts."""
+        """Leave out the first line, which is too long, and keep the others."""
         rows = [{"prompt": "a", "completion": "x" * 5_000_000}]
         rows += [
             {"prompt": "a", "completion": ""},
@@ -337,7 +338,7 @@ class TestFiles:
         assert not {*data.held_out_prompts} & {*data.prompts}
         assert not {*data.held_out_texts} & {*data.texts}
         assert not {*data.held_out_pairs} & {*data.pairs}
-        assert len(data.held_out_texts) == 1  # of 14
+        assert len(data.held_out_texts) == 1  # a tenth of 14
         assert sorted(data.texts + data.held_out_texts) == sorted((p, c) for p, c, _ in PAIRS)
         assert data.ptx_texts[0] == ("", PAIRS[0][1])
 

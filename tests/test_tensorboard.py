@@ -1,4 +1,4 @@
-"""What a run leaves for TensorBoard is what README.md says, and a real server shows it."""
+"""Test that a run writes the metrics described in README.md, and that a TensorBoard server shows them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 @control
 def test_the_metrics_table_of_the_readme_lists_what_a_run_writes(ppo, run_dir):
     ppo.train(small(ppo, run_dir, num_steps=256, total_timesteps=2048))
-    documented = documented_metrics("Metrics")  # "what it is (`ppo_penalty`)" is for that script alone
+    documented = documented_metrics("Metrics")  # "description (`ppo_penalty`)": for that script only
     ends = {tag: re.search(r"\((`ppo_[^()]+)\)$", what) for tag, what in documented.items()}
     expected = {tag for tag, end in ends.items() if not end or f"`{ppo.__name__}`" in end.group(1)}
     assert set(curve(run_dir)) == expected
@@ -45,7 +45,7 @@ def test_metrics_mean_what_they_say(ppo, run_dir, monkeypatch):
     env_id = probe(ppo, "ObservedReward")  # every step is an episode
     returns = ppo.train(small(ppo, run_dir, env_id=env_id, num_steps=256, total_timesteps=2048))
     points = curve(run_dir)
-    means = [sum(losses[i : i + 8]) / 8 for i in range(0, 32, 8)]  # all minibatches
+    means = [sum(losses[i : i + 8]) / 8 for i in range(0, 32, 8)]  # over all minibatches
     assert [value for _, value in points["losses/value_loss"]] == pytest.approx(means, rel=1e-5)
     ended = [sum(returns[i : i + 512]) / 512 for i in range(0, 2048, 512)]
     assert [value for _, value in points["charts/episodic_return"]] == pytest.approx(ended, rel=1e-6)
@@ -77,7 +77,7 @@ def test_tensorboard_servers_show_a_resumed_run_with_no_gap_and_no_point_twice(p
 
     def add_and_die(writer, tag, value, step):
         add(writer, tag, value, step)
-        if step == 512:  # after events of iteration 4, later than the checkpoint of iteration 2
+        if step == 512:  # iteration 4 has written events; the last checkpoint is that of iteration 2
             writer.flush()
             raise KeyboardInterrupt
 
@@ -100,7 +100,7 @@ def test_tensorboard_servers_show_a_resumed_run_with_no_gap_and_no_point_twice(p
 
 
 def serve(folder, load_fast: str):
-    """Starts a server -> (its process, its port)."""
+    """Start a TensorBoard server and return its process and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -110,7 +110,7 @@ def serve(folder, load_fast: str):
 
 
 def shown(port: int) -> list[str]:
-    """The tags that a server shows, once it shows the evaluation."""
+    """Wait until a server shows the evaluation and return the tags that it shows."""
     tags, deadline = {}, time.monotonic() + 60
     while "eval/episodic_return" not in tags:
         assert time.monotonic() < deadline, f"the server showed only {sorted(tags)}"
@@ -118,5 +118,5 @@ def shown(port: int) -> list[str]:
         try:
             tags = answer(port, "data/plugin/scalars/tags").get("one", {})
         except OSError:
-            continue  # not up yet
+            continue  # the server is not ready yet
     return tags

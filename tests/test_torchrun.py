@@ -1,4 +1,4 @@
-"""torchrun: several processes learn what one process learns from the same rows."""
+"""Test torchrun: several processes learn the same as one process from the same rows."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def torchrun(processes, *words):
-    """Runs them to the end -> what they said."""
+    """Run the given command with torchrun and return the completed process."""
     command = [*TORCHRUN, f"--nproc-per-node={processes}", *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert run.returncode == 0, run.stderr[-5000:]
@@ -42,7 +42,7 @@ def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch)
     torch.testing.assert_close(results["gradient False"], alone["gradient False"], rtol=1e-4, atol=1e-7)
     for name, expected in alone["moments"].items():
         torch.testing.assert_close(results["moments"][name], expected, msg=name)
-    # a process normalises its own advantages; then their gradients are averaged
+    # each process normalises its own advantages; the gradients are averaged afterwards
     halves = []
     for rank in range(2):
         half = given | {"minibatch": tuple(x[rank::2] for x in minibatch)}
@@ -88,24 +88,24 @@ def test_rlhf_runs_through_all_stages_and_every_process_ends_with_the_same(tmp_p
     assert output.stdout.count("evaluation: ") == 1
     assert len(list(run_dir.glob("events*"))) == 1 and (run_dir / "policy").is_dir()
     for tag, points in curve(run_dir).items():
-        assert len({step for step, _ in points}) == len(points), f"{tag} has a point twice"
+        assert len({step for step, _ in points}) == len(points), f"{tag} has duplicate steps"
     checkpoint = rlhf.load_checkpoint(run_dir)
     assert (checkpoint["stage"], checkpoint["iteration"]) == (2, 2)
 
 
 def rank_of(process: Path) -> tuple[str, str]:
-    """A process's parent and its RANK."""
+    """Return the id of the parent of a process, and the RANK of the process."""
     environment = dict(x.split("=", 1) for x in (process / "environ").read_text().split("\0") if "=" in x)
     return (process / "stat").read_text().rsplit(")", 1)[1].split()[1], environment.get("RANK", "")
 
 
 def worker(launcher: int, rank: int) -> int:
-    """The process of that rank."""
+    """Return the id of the process that has the given rank and parent."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if rank_of(process) == (str(launcher), str(rank)):
                 return int(process.name)
-        except OSError:  # of somebody else, or just gone
+        except OSError:  # belongs to another user, or has just ended
             continue
     raise AssertionError("no such process")
 
@@ -130,11 +130,11 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_en
     print(f"ended after {time.monotonic() - asked:.1f} s")
     assert 3 <= ppo.load_checkpoint(killed)["iteration"] < 16
     one = shutil.copytree(killed, tmp_path / "one")
-    time.sleep(1)  # event files are told apart by the second
+    time.sleep(1)  # event file names have a resolution of one second
     torchrun(2, "ppo_continuous.py", "--resume", killed)
     assert_same_run(ppo, alone, killed)
 
-    # one process goes on where two were, with other draws
+    # one process can resume a run of two, with different random numbers
     ppo.train(ppo.Args(**ppo.load_checkpoint(one)["args"] | {"resume": str(one)}))
     first, second = curve(alone), curve(one)
     for tag in ("charts/learning_rate", "losses/approx_kl"):
@@ -146,7 +146,7 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_en
 
 @pytest.mark.slow
 def test_what_stops_one_process_is_told_and_stops_all(tmp_path):
-    """Process 1 alone has the environment whose reward is nan."""
+    """Train with an environment whose reward is nan in process 1 only."""
     (tmp_path / "broken.py").write_text(
         "import os\nimport gymnasium as gym\n"
         "class Broken(gym.RewardWrapper):\n"

@@ -1,4 +1,4 @@
-"""What train() promises of every iteration, and the classical algorithms that PPO contains."""
+"""Test invariants of every iteration of train(), and the classical algorithms that PPO contains."""
 
 import math
 
@@ -21,7 +21,7 @@ from suite import (
 
 
 def spy(monkeypatch, owner, name):
-    """Record the calls of a function of a script or class: a list of (inputs, result)."""
+    """Record the calls of a function of a script or class and return the list of (inputs, result)."""
     calls, function = [], getattr(owner, name)
 
     def recording(*inputs, **options):
@@ -35,7 +35,7 @@ def spy(monkeypatch, owner, name):
 
 
 def policy_loss(ppo) -> str:
-    """The name of the script's policy loss."""
+    """Return the name of the policy loss of a script."""
     return "clipped_policy_loss" if hasattr(ppo, "clipped_policy_loss") else "surrogate_policy_loss"
 
 
@@ -61,7 +61,7 @@ class TestInvariants:
             monkeypatch.setattr(ppo.Agent, name, watch)
         monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
         ppo.train(small(ppo, run_dir))
-        # one policy for the whole rollout, then all its observations
+        # the acting policy is made once per rollout, then its observations are normalised
         assert [x for x in seen if x[0] == "acting_policy"] == [
             ("acting_policy", count) for count in (0.0, 128.0, 256.0, 384.0)
         ]
@@ -82,7 +82,7 @@ class TestInvariants:
         monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, **y: steps.append(1) or step(*x, **y))
         kls = spy(monkeypatch, ppo, "approx_kl")
         ppo.train(small(ppo, run_dir, target_kl=1e-9))
-        # the first minibatch is at ratio one; the second shows what the first step did and is not stepped on
+        # at the first minibatch all ratios are one; the second exceeds target_kl, so no step is taken on it
         assert len(kls) == 8 and len(steps) == 4
         assert all(kl <= 1e-9 for _, kl in kls[::2]) and all(kl > 1e-9 for _, kl in kls[1::2])
 
@@ -125,7 +125,7 @@ def test_the_clip_range_falls_to_zero_over_the_run_or_stays(ppo, tmp_path, monke
 
 @each_kind
 def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(ppo, run_dir, monkeypatch):
-    """PPO is then the actor-critic of eq. 1, with the advantages of eq. 11 and a squared error for V."""
+    """Compare with actor-critic: the gradient of eq. 1, advantages of eq. 11 and a squared error for V."""
     gradients, step = [], torch.optim.Adam.step
 
     def record(optimizer, *inputs):
@@ -150,11 +150,11 @@ def test_with_one_epoch_and_one_minibatch_the_gradient_is_the_policy_gradient(pp
     )
     ppo.train(small(ppo, run_dir, **options))
 
-    # once more from the definition: rows in the order of the rollout, torch's own density, no ratio anywhere
+    # recompute from the definition: rows in the order of the rollout, torch.distributions, no ratio
     gradient, weights = gradients
     agent = agents[0]
     agent.load_state_dict(weights, strict=False)
-    obs = next(x for x in observations if x.dim() == 3)[:-1].flatten(0, 1)  # without the successors' last row
+    obs = next(x for x in observations if x.dim() == 3)[:-1].flatten(0, 1)  # without the last successor
     (actions, *_), _ = policy_inputs[0]
     advantages, returns = (x.flatten() for x in gae[0][1])
     if discrete(ppo):
@@ -194,7 +194,7 @@ def values(ppo, run_dir, *observations):
 
 @each_kind
 class TestProbes:
-    """Environments with known answers; each can be spoilt by one fault only."""
+    """Tests on environments with known solutions, each of which isolates one kind of bug."""
 
     def test_value_of_a_constant_reward(self, ppo, run_dir):
         learn(ppo, run_dir, "ConstantReward")
@@ -243,7 +243,7 @@ def test_the_probe_of_time_limits_would_notice_if_they_were_death(run_dir, monke
 def test_nan_from_an_environment_stops_the_run_with_place_and_step(ppo, run_dir, options, where):
     with pytest.raises(ppo.UserError, match=where):
         ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Broken", **options)))
-    ppo.load_agent(run_dir)  # the checkpoint from before is good
+    ppo.load_agent(run_dir)  # the last checkpoint can still be loaded
 
 
 @control
@@ -264,6 +264,6 @@ def test_nan_in_the_loss_stops_the_run_and_the_checkpoint_before_is_good(ppo, ru
 
 @each_kind
 def test_the_golden_run_comes_out_as_it_did(ppo, run_dir):
-    """A refactoring must not change results unnoticed. To accept a change: GOLDEN=write pytest -k golden."""
+    """Detect unintended changes of the results. To accept a change: GOLDEN=write pytest -k golden."""
     ppo.train(small(ppo, run_dir, checkpoint_every=4, num_steps=256, total_timesteps=2048, seed=3))
     assert_golden(ppo, run_dir)

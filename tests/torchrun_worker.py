@@ -1,4 +1,4 @@
-"""What a process of torchrun runs in test_torchrun.py: python torchrun_worker.py SCRIPT FOLDER."""
+"""Compute the results of a process in test_torchrun.py: torchrun ... torchrun_worker.py SCRIPT FOLDER."""
 
 import sys
 from pathlib import Path
@@ -8,12 +8,12 @@ from suite import SCRIPTS
 
 
 def parts(rows):
-    """The rows of this process: every so many-th."""
+    """Return the rows of this process: every WORLD_SIZE-th row from RANK on."""
     return rows[rlhf.RANK :: rlhf.WORLD_SIZE]
 
 
 def make_models(**options):
-    """Models that differ from each other, the same in every process."""
+    """Return models with different weights, which are the same in every process."""
     torch.manual_seed(0)
     models = rlhf.Models(
         rlhf.Args(layers=2, heads=2, width=16, batch_size=12, num_minibatches=1, answer_length=8, **options)
@@ -24,7 +24,7 @@ def make_models(**options):
 
 
 def answers():
-    """Twelve answers of one to eight tokens and what PPO has to know of them."""
+    """Return twelve responses of one to eight tokens, with all inputs of the PPO loss."""
     torch.manual_seed(1)
     ids, noise = torch.randint(256, (12, 16)), torch.randn(5, 12, 8)
     lengths = torch.tensor([1, 8, 3, 8, 2, 7, 1, 1, 5, 8, 4, 6])
@@ -44,7 +44,7 @@ def answers():
 
 
 def gradients(models, learners):
-    """One vector, after clip_gradient() has added up those of all processes."""
+    """Return a function that computes a loss and its gradient, summed over all processes, with its norm."""
     weights = rlhf.flatten_parameters(torch.nn.ModuleList(learners))
 
     def of(add, *inputs):
@@ -57,7 +57,7 @@ def gradients(models, learners):
 
 
 def rlhf_results():
-    """Gradients of all three stages, of rows that the processes share."""
+    """Compute the gradients of all three stages over rows that are divided among the processes."""
     results = {}
     for average in ("token", "answer"):
         models = make_models(loss_average=average, kl_in="loss")
@@ -69,14 +69,14 @@ def rlhf_results():
     texts = [([65] * (k + 1), [66 + k] * (1 + k * k % 7)) for k in range(11)]
     of = gradients(models, [models.actor])
     results["sft"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts))
-    results["one text"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts[4:5]))  # the others have none
+    results["one text"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts[4:5]))  # rank 0 has the only row
     pairs = [([65] * (k + 1), [66 + k] * (1 + k % 3), [67] * (1 + k % 4)) for k in range(7)]
     results["pairs"] = gradients(models, [models.reward])(rlhf.accumulate, rlhf.pair_loss, parts(pairs))
     return results
 
 
 def control_results(ppo, given):
-    """The gradient over a minibatch and the moments of its observations, of rows that the processes share."""
+    """Compute the gradient and the observation moments of a minibatch divided among the processes."""
     agent = ppo.load_agent(given["run_dir"])
     agent.load_state_dict(given["agent"])
     minibatch = tuple(x[ppo.RANK :: ppo.WORLD_SIZE] for x in given["minibatch"])
@@ -90,7 +90,7 @@ def control_results(ppo, given):
 
 
 def run_results(ppo, args):
-    """A run with a checkpoint; every process ends with the same weights to the bit."""
+    """Run train() and check that all processes end with exactly the same weights."""
     vectors, flatten = [], ppo.flatten_parameters
     ppo.flatten_parameters = lambda model: vectors.append(flatten(model)) or vectors[-1]
     returns = ppo.train(args)
