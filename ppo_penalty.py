@@ -805,7 +805,7 @@ def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
 
         id_file = run_dir / "wandb_id"  # a resumed run goes on under the same id
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(os.urandom(8).hex())
         wandb.init(id=id_file.read_text(), dir=run_dir, resume="allow", config=options, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else 0)
     rows = "\n".join(f"|{name}|{value}|" for name, value in options.items())

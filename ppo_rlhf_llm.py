@@ -1503,7 +1503,7 @@ def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWri
             raise UserError("--track needs Weights & Biases: pip install wandb") from error
         id_file = run_dir / "wandb_id"  # a resumed run goes on under the same id
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(os.urandom(8).hex())
         names = dict(id=id_file.read_text(), name=str(run_dir), dir=run_dir)
         wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
@@ -1528,20 +1528,17 @@ class SilentWriter:
 
 
 def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage, iteration, step) -> None:
-    """Writes run_dir/checkpoint.pt aside, then renames it: a crash leaves the old or the new, whole."""
-    if RANK > 0:  # which has the same to save
+    """Write run_dir/checkpoint.pt to another name and rename it, so that a crash never leaves half a file."""
+    if RANK > 0:  # all processes have the same to save
         return
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "stage": stage, "iteration": iteration}
     checkpoint |= {"models": models.state_dict(), "step": step, "history": history}
     checkpoint["optimizer"] = optimizer and optimizer.state_dict()
-    path, written, buffer = run_dir / "checkpoint.pt", run_dir / "checkpoint.pt.tmp", io.BytesIO()
-    torch.save(checkpoint, buffer)  # not into the file: torch would hide what is wrong with a disk
-    with open(written, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(written, path)
+    path, buffer = run_dir / "checkpoint.pt", io.BytesIO()
+    torch.save(checkpoint, buffer)  # not to the file, because torch hides the errors of a full disk
+    Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
+    os.replace(f"{path}.tmp", path)
 
 
 def save_policy(models: Models, folder: Path) -> None:
