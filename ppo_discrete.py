@@ -619,7 +619,6 @@ def train(args: Args) -> list[float]:
     first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"]
     if checkpoint["optimizer"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        print(f"{first_iteration} of {args.num_iterations} iterations are done; schedules end with the last")
     writer = open_writer(args, run_dir, first_iteration * args.batch_size) if RANK == 0 else None
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     iterations = range(first_iteration, args.num_iterations)
@@ -921,6 +920,8 @@ def main() -> None:
             train(args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if RANK > 0:
+            os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, gym.error.Error, ImportError, OSError) as error:
         if isinstance(error, OSError) and hasattr(error, "__notes__"):
             raise  # by an environment

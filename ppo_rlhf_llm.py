@@ -1609,6 +1609,8 @@ def main() -> None:
             train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
+        if RANK > 0:
+            os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -100,12 +100,11 @@ def test_the_same_seed_twice_gives_the_same_weights_and_another_seed_others(ppo,
 
 
 @control
-def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way(ppo, tmp_path, capsys):
+def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way(ppo, tmp_path):
     options = dict(anneal_lr=False, eval_episodes=1)
     ppo.train(small(ppo, tmp_path / "long", total_timesteps=1024, **options))
     ppo.train(small(ppo, tmp_path / "short", total_timesteps=512, **options))
     resumed(ppo, tmp_path / "short", total_timesteps=1024)
-    assert "4 of 8 iterations are done; schedules end with the last" in capsys.readouterr().out
     long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
     assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
     with pytest.raises(ppo.UserError, match="--total-timesteps may only grow"):
@@ -113,14 +112,13 @@ def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way
 
 
 @control
-def test_a_complete_run_resumed_says_so_evaluates_and_changes_nothing(ppo, run_dir, capsys):
+def test_a_complete_run_resumed_evaluates_and_changes_nothing(ppo, run_dir, capsys):
     returns = ppo.train(small(ppo, run_dir))
     weights, points = ppo.load_checkpoint(run_dir), curve(run_dir)
     assert len(points["eval/episodic_return"]) == 1
     evaluation = capsys.readouterr().out.splitlines()[0]
     assert resumed(ppo, run_dir) == returns
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("4 of 4 iterations are done") and said[1] == evaluation
+    assert capsys.readouterr().out.splitlines()[0] == evaluation
     assert same(ppo.load_checkpoint(run_dir), weights) and curve(run_dir) == points
 
 

@@ -1,5 +1,6 @@
 """Compute the results of a process in test_torchrun.py: torchrun ... torchrun_worker.py SCRIPT FOLDER."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -113,3 +114,4 @@ if __name__ == "__main__":
     if ppo.RANK == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # because threads of gloo can abort a process that ends normally
