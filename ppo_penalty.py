@@ -634,9 +634,9 @@ def train(args: Args) -> list[float]:
         batch = [x.flatten(0, 1) for x in batch]
 
         # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
-        metrics = []
+        metrics, beta = [], torch.tensor(kl_coef, device=device)  # a number would be compiled in
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
-            weights.grad, mb_metrics = gradient_of(agent, mb, args, torch.tensor(kl_coef, device=device))
+            weights.grad, mb_metrics = gradient_of(agent, mb, args, beta)
             metrics.append(mb_metrics.clone())  # a captured graph writes the next ones to the same memory
             if args.target_kl is not None and average(mb_metrics[3].clone()) > args.target_kl:
                 break
