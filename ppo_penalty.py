@@ -149,8 +149,8 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
-    such as a time limit, the episode could have gone on: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, from which no credit flows back.
+    such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
+    next row belongs to another episode, so the sum ends.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
@@ -272,7 +272,7 @@ class RunningMoments(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        # float64, because float32 has no digits for differences of seconds between time stamps near 1.7e9
+        # float64, because float32 cannot represent seconds in time stamps near 1.7e9
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("var", torch.ones(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -434,8 +434,8 @@ def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) ->
     """Make one environment per seed. Replace this function to use a vector environment of your own.
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
-    give the last observation of the episode in info["final_obs"]. If it returns tensors, on the device that
-    learns, it is given tensors. It is made anew at each checkpoint and for the evaluation.
+    give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
+    learns), it receives actions as tensors. It is made again at each checkpoint and for the evaluation.
     """
     # an id that was registered in this process may be unknown in workers, so they get its specification
     spec = gym.registry.get(args.env_id, args.env_id)
@@ -578,8 +578,8 @@ def train(args: Args) -> list[float]:
         started, step = time.perf_counter(), (iteration + 1) * args.batch_size
         if iteration == first_iteration or iteration % args.checkpoint_every == 0:
             # All randomness from here on derives from (seed, iteration), so a resumed run equals one that was
-            # not interrupted. Environments are made anew, because a used one may differ from a new one after
-            # reset(seed), as BipedalWalker does.
+            # not interrupted. Environments are made again, because reset(seed) does not restore all state of
+            # a used one (in BipedalWalker, for example).
             if RANK == 0:
                 save_checkpoint(run_dir, args, iteration, agent, optimizer, episode_returns, kl_coef)
             envs.close()
@@ -633,15 +633,15 @@ def train(args: Args) -> list[float]:
         batch = (obs[:-1], actions, *old_policy, logprobs, values, advantages, returns)
         batch = [x.flatten(0, 1) for x in batch]
 
-        # 3. epochs: K passes over the shuffled rows, in one flat loop, so that one break ends them all
+        # 3. epochs: K passes over the shuffled rows, in a single loop, so that one break ends all of them
         metrics, beta = [], torch.tensor(kl_coef, device=device)  # a number would be compiled in
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
             weights.grad, mb_metrics = gradient_of(agent, mb, args, beta)
-            metrics.append(mb_metrics.clone())  # a captured graph writes the next ones to the same memory
+            metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
             if args.target_kl is not None and average(mb_metrics[3].clone()) > args.target_kl:
                 break
             optimizer.step()
-        # only now, because the networks must learn from the inputs that the acting policy saw
+        # updated last, because the networks must learn from the inputs that the acting policy saw
         agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
 
         with torch.no_grad():  # over all rows: how far this iteration has moved the policy
@@ -664,7 +664,7 @@ def train(args: Args) -> list[float]:
         if RANK == 0:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), step)
-            writer.flush()  # before any checkpoint: resuming can drop surplus events, not restore lost ones
+            writer.flush()  # before a checkpoint: resuming can drop surplus events, not restore lost ones
 
     if RANK == 0:
         save_checkpoint(run_dir, args, args.num_iterations, agent, optimizer, episode_returns, kl_coef)

@@ -257,8 +257,8 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
-    such as a time limit, the episode could have gone on: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, from which no credit flows back.
+    such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
+    next row belongs to another episode, so the sum ends.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
