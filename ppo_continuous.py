@@ -50,7 +50,7 @@ class Args:
     env_id: str = "Pendulum-v1"
     """Gymnasium id; `module:Name-v0` imports the module first"""
     total_timesteps: int = 100_000
-    """environment steps of the run, summed over all environments"""
+    """environment steps of the run over all environments, rounded down to whole rollouts"""
     learning_rate: float = 7e-4
     """step size of Adam (alpha)"""
     num_envs: int = 8
@@ -94,15 +94,15 @@ class Args:
     compile: bool = False
     """compile the learning step: slower to start, then faster"""
     async_envs: bool = False
-    """run each environment in its own process: same results, faster if a step is slow"""
+    """run each environment in its own process: faster if a step is slow"""
     run_dir: str | None = None
     """run folder (None: runs/{env_id}__{script}__{seed}__{time})"""
     checkpoint_every: int | None = None
-    """iterations between checkpoints, which cut off the current episodes (None: a tenth of the run)"""
+    """iterations between checkpoints; each one restarts all environments (None: a tenth of the run)"""
     eval_episodes: int = 20
     """episodes of the final evaluation, played with the mean action"""
     capture_video: bool = False
-    """record the first environment of the evaluation to videos/ in the run folder"""
+    """record the first evaluation episode of one environment to videos/ in the run folder"""
     track: bool = False
     """also log to Weights & Biases (configured by WANDB_PROJECT and WANDB_ENTITY)"""
     init_from: str | None = None
@@ -121,20 +121,21 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "update_epochs", "clip_coef", "eval_episodes"):
+        sizes = ("num_envs", "num_steps", "update_epochs", "eval_episodes")
+        for name in (*sizes, "learning_rate", "clip_coef", "max_grad_norm"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        rows, parts = self.batch_size, self.num_minibatches * WORLD_SIZE
-        require(self.resume or rows <= self.total_timesteps, f"--total-timesteps is below a rollout, {rows}")
-        fits = [n for n in range(1, min(rows, 4 * parts)) if rows % n == 0]
-        best = sorted(fits, key=lambda n: max(n / parts, parts / n))[:2]
-        split = parts > 0 and rows % parts == 0 and rows > parts  # one row has no standard deviation
-        require(split, f"num_envs * num_steps = {rows} does not make {parts} minibatches; {best} would do")
-        require(self.num_envs % WORLD_SIZE == 0, f"--num-envs does not divide among {WORLD_SIZE} processes")
+        saved = self.resume or self.evaluate  # whose options replace these
+        require(saved or self.num_envs % WORLD_SIZE == 0, f"{WORLD_SIZE} processes do not divide --num-envs")
+        require(saved or self.num_iterations, f"--total-timesteps must be at least {self.batch_size}")
+        rows, parts = self.batch_size // WORLD_SIZE, self.num_minibatches
+        best = [n for n in range(1, min(rows, 4 * parts + 2)) if rows % n == 0][-2:]
+        fits = saved or (0 < parts < rows and rows % parts == 0)  # one row has no standard deviation
+        require(fits, f"{rows} rows (N * T) of a process do not make {parts} minibatches; {best} would do")
         require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
-        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "a run folder is empty")
-        require(not (self.resume and self.evaluate), "--resume trains, --evaluate does not: give one of them")
+        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "a run folder is ''")
+        require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
 
 
 # ------------------------------------------------------------------------------------- the mathematics
@@ -149,7 +150,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     next row belongs to another episode, so the sum ends.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
-    deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
+    deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
     decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
     # a loop over T with N numbers each: NumPy is several times faster than tensors on any device
     deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
@@ -175,7 +176,7 @@ def clipped_policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """Compute 0.5 * squared error of each element, to minimise. All (B,); clip_coef None: not clipped.
 
-    not in the paper: clipping removes the gain of moving further than clip_coef from old_values
+    Not in the paper: clipping removes the incentive to move further than clip_coef from old_values
     (openai/baselines).
     """
     loss = 0.5 * (new_values - returns) ** 2
@@ -216,10 +217,10 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 
 def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np.ndarray) -> tuple:
-    """Sum over the episode so far, after each row -> (sums (T, N, 3), start of the next rollout (N, 3)).
+    """Sum over each episode up to each row -> (sums (T, N, 3), start of the next rollout (N, 3)).
 
-    The sums are the discounted c = r + gamma * c, whose standard deviation scales rewards, the return and the
-    length. Rewards and dones (T, N); the row after a done starts from zero, the first row from start (N, 3).
+    The sums are the discounted c = r + gamma * c (its standard deviation scales the rewards), the return and
+    the length. Rewards and dones are (T, N). Sums restart at zero after a done; start (N, 3) precedes row 0.
     """
     sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
     decays, alive = np.array([gamma, 1.0, 1.0]), ~dones[..., None]
@@ -297,7 +298,7 @@ class Agent(nn.Module):
         return obs.float()
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
-        """Divide rewards by the deviation of the discounted return. Centring would change the task."""
+        """Divide rewards by the std of the discounted return, clip at 10. Centring would change the task."""
         var = self.return_moments.var
         return (rewards / torch.where(var > 0, var.sqrt(), 1.0)).clip(-10, 10)
 
@@ -313,7 +314,7 @@ class Agent(nn.Module):
         """
         # [-1, 1] is mapped to [low, high]; unbounded dimensions are not rescaled
         low, high, xp = self.action_low, self.action_high, torch if torch.is_tensor(like) else np
-        bounded = torch.isfinite(low) & torch.isfinite(high)
+        bounded = torch.isfinite(high - low)
         center = torch.where(bounded, (low + high) / 2, 0.0).float()
         scale = torch.where(bounded, (high - low) / 2, 1.0).float()
         parts = [*self.obs_moments.buffers(), *self.actor, self.log_std.exp(), center, scale, low, high]
@@ -364,7 +365,7 @@ def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) ->
         for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
             seed_generator(seeds[index])  # some environments use global generators
         film = {"render_mode": "rgb_array"} if video_folder and index == 0 else {}
-        env = CheckedEnv(noted(index, gym.make, spec, **film), index)
+        env = gym.wrappers.TimeLimit(CheckedEnv(noted(index, gym.make, spec, **film), index), 30_000)
         if film:
             env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k == 0)
         space = env.observation_space
@@ -403,9 +404,9 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
 
 
 def conform(obs: object, space: gym.Space) -> object:
-    """Copy an observation to the dtype of its space. Raise ValueError if that would change it.
+    """Copy an observation and cast it to the dtype of its space. Raise ValueError if it does not fit.
 
-    The bounds of a Box are not checked, because many tasks exceed them.
+    Numbers may be rounded to floats. The bounds of a Box are not checked, because many tasks exceed them.
     """
     if space.dtype is None and isinstance(space, gym.spaces.Dict):
         return {name: conform(obs[name], part) for name, part in space.items()}
@@ -473,15 +474,15 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) 
 
 
 def train(args: Args) -> list[float]:
-    """Run Algorithm 1 of the paper. Return the returns of all training episodes, in order."""
+    """Run Algorithm 1 of the paper. Return the returns of the episodes that ended, in order."""
     device = set_up_torch(args)
-    args = replace(args, **json.loads(json.dumps(vars(args))))  # numbers of NumPy become those of Python
+    args = replace(args, **json.loads(json.dumps(vars(args), default=lambda x: x.item())))  # plain numbers
     args.checkpoint_every = args.checkpoint_every or max(1, args.num_iterations // 10)
     run_dir, checkpoint = open_run(args)
     envs = make_envs(args, [0])  # for its spaces
     agent = make_agent(args, envs, checkpoint["agent"]).to(device)
     weights = flatten_parameters(agent)
-    # not in the paper: epsilon 1e-5, as in the TensorFlow of its authors
+    # not in the paper: epsilon 1e-5, as in openai/baselines (torch's default is 1e-8)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"]
@@ -532,9 +533,9 @@ def train(args: Args) -> list[float]:
         _, ended_returns, ended_lengths = sums[dones.cpu().numpy()].T
         episode_returns += ended_returns.tolist()
 
-        # 2. advantages, from one pass over all rows with the weights that acted: the first ratio is one
+        # 2. advantages and old log-probabilities, before any update: the ratios of the first minibatch are 1
         with torch.no_grad():
-            if args.norm_reward:  # the scale may include these rows: no action depends on it
+            if args.norm_reward:  # the scale may include these rows, because no action depends on rewards
                 agent.return_moments.update(torch.as_tensor(sums[..., :1], device=device).flatten(0, 1))
                 rewards = agent.normalize_rewards(rewards)
             obs = agent.normalize_obs(raw_obs)  # (T + 1, N, O)
@@ -593,7 +594,7 @@ FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video
 
 
 class UserError(ValueError):
-    """A mistake of the user, which main() prints as one line."""
+    """A wrong option, file or environment, which main() reports without a traceback."""
 
 
 def require(condition: object, message: str) -> None:
@@ -629,27 +630,26 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """Play args.eval_episodes episodes with the mean action and return their undiscounted returns.
 
     All environments play the same number of episodes, so that short episodes are not over-represented.
-    Episodes are cut off after 30,000 steps (half an hour of Atari), because some would never end.
+    make_envs() truncates episodes after 30,000 steps, because some would never end.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
-    seeds = [derive_seed(args.seed, 0, i, 1) for i in range(num_envs)]  # keys of training are shorter
+    seeds = [derive_seed(args.seed, 0, i, 1) for i in range(num_envs)]  # not those of training
     envs = make_envs(args, seeds, run_dir / "videos" if args.capture_video else None)
     obs, _ = envs.reset(seed=seeds)
-    returns, (played, sums, lengths) = [], np.zeros((3, num_envs))
+    returns, (played, sums) = [], np.zeros((2, num_envs))
     while len(returns) < args.eval_episodes:
         obs, *outcome, _ = envs.step(agent.act(obs, deterministic=True))
         rewards, terminations, truncations = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-        sums, lengths = sums + rewards, lengths + 1
-        ended = (terminations > 0) | (truncations > 0) | (lengths == 30_000)
+        sums, ended = sums + rewards, (terminations > 0) | (truncations > 0)
         returns += sums[ended & (played < args.eval_episodes // num_envs)].tolist()
-        played, sums, lengths = played + ended, sums * ~ended, lengths * ~ended
+        played, sums = played + ended, sums * ~ended
     envs.close()
     print(f"evaluation: return {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
     return returns
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Return the device to learn on, with one thread and deterministic arithmetic."""
+    """Set threads, processes and deterministic kernels of torch, and return the device to learn on."""
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
     torch.set_num_threads(1)  # the tensors are small: more threads would wait for each other
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
@@ -662,20 +662,20 @@ def set_up_torch(args: Args) -> torch.device:
 
 
 def compiled(function: Callable, args: Args) -> Callable:
-    """Compile a function to one graph; on a GPU, also capture it, so that one launch runs all of it."""
-    torch._dynamo.config.trace_autograd_ops = True  # since torch 2.13
+    """Compile a function to one graph; on a GPU, also capture it as a CUDA graph (one launch per call)."""
+    torch._dynamo.config.trace_autograd_ops = True  # to trace autograd.grad; needs torch 2.13
     mode = "reduce-overhead" if args.cuda else None
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise UserError at a nan or infinity in values at a step, or in (T, N, ...) rows that start there."""
+    """Raise UserError at a nan or infinity; step is that of the values, or of row 0 of (T, N, ...)."""
     for name, x in tensors.items():
         bad = (~torch.isfinite(x)).nonzero().tolist()
         if bad and x.dim() > 1:
             name += f" of environment {RANK * x.shape[1] + bad[0][1]}"
             step += bad[0][0] * x.shape[1] * WORLD_SIZE
-        require(not bad, f"{name} is nan or infinite at step {step}; resuming repeats it: see --init-from")
+        require(not bad, f"{name} is nan or infinite at step {step}; to go on, see --init-from")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
@@ -688,8 +688,8 @@ def open_run(args: Args) -> tuple[Path, dict]:
         checkpoint = load_checkpoint(run_dir)
         saved = checkpoint["args"]
         changed = [name for name in saved.keys() - FREE if getattr(args, name) != saved[name]]
-        require(not changed, f"a saved run keeps its options; these differ: {', '.join(sorted(changed))}")
-        require(args.total_timesteps >= saved["total_timesteps"], "--total-timesteps may only grow")
+        require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
+        require(args.total_timesteps >= saved["total_timesteps"], "--total-timesteps can only be increased")
         return run_dir, checkpoint
     if RANK == 0:
         require(not (run_dir / "checkpoint.pt").exists(), f"{run_dir} contains a run: use --resume {run_dir}")
@@ -699,7 +699,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 
 
 def new_run_dir(args: Args) -> str:
-    """Name a run folder; nanoseconds, so that runs which start together get different ones."""
+    """Return a new run folder; the time in nanoseconds keeps runs that start together apart."""
     return f"runs/{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{time.time_ns()}"
 
 
@@ -722,7 +722,7 @@ def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
 
 
 def save_checkpoint(run_dir: Path, args: Args, iteration: int, agent, optimizer, returns: list) -> None:
-    """Write run_dir/checkpoint.pt to another name and rename it, so that a crash never leaves half a file."""
+    """Write run_dir/checkpoint.pt atomically: write a temporary file, then rename it."""
     options = vars(args) | {"resume": None, "evaluate": None}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "iteration": iteration, "episode_returns": returns}
     checkpoint |= {"args": options, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
@@ -740,8 +740,8 @@ def load_checkpoint(run_dir: str | Path) -> dict:
             damaged = archive.testzip()  # torch.load does not verify checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(not damaged and (checkpoint["script"], checkpoint["format"]) == (SCRIPT, FORMAT), "")
-    except Exception as error:  # zipfile and torch raise many kinds for files that are not theirs
-        raise UserError(f"{path} is missing, damaged or not of {SCRIPT}.py, format {FORMAT}") from error
+    except Exception as error:  # zipfile and torch raise many types of errors for invalid files
+        raise UserError(f"{path} is missing, damaged or not a {SCRIPT} file, format {FORMAT}") from error
     return checkpoint
 
 
@@ -755,7 +755,7 @@ def load_agent(run_dir: str | Path, device: str = "cpu") -> Agent:
 
 
 def parse_args() -> Args:
-    """Parse the command line. The options of a saved run are the defaults beside --resume and --evaluate."""
+    """Parse the command line; with --resume or --evaluate, the options of the saved run are the defaults."""
     args = tyro.cli(Args)
     if saved := args.resume or args.evaluate:
         return tyro.cli(Args, default=Args(**load_checkpoint(saved)["args"]))
@@ -764,7 +764,7 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    """Run the command line. Mistakes of the user are told in one line, with exit code 2."""
+    """Run the command line. Report user errors without a traceback, with exit code 2."""
     try:
         args = parse_args()
         if args.evaluate:
@@ -778,7 +778,7 @@ def main() -> None:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, gym.error.Error, ImportError, OSError) as error:
         if isinstance(error, OSError) and hasattr(error, "__notes__"):
-            raise  # by an environment
+            raise  # an error of an environment, with its traceback
         hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)

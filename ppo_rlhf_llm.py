@@ -261,7 +261,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     next row belongs to another episode, so the sum ends.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
-    deltas = rewards + gamma * next_values * ~terminations - values  # eq. 12
+    deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
     decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
     # a loop over T with N numbers each: NumPy is several times faster than tensors on any device
     deltas, decays = deltas.cpu().numpy(), decays.cpu().numpy()
@@ -287,7 +287,7 @@ def clipped_policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """Compute 0.5 * squared error of each element, to minimise. All (B,); clip_coef None: not clipped.
 
-    not in the paper: clipping removes the gain of moving further than clip_coef from old_values
+    Not in the paper: clipping removes the incentive to move further than clip_coef from old_values
     (openai/baselines).
     """
     loss = 0.5 * (new_values - returns) ** 2
@@ -1325,7 +1325,7 @@ FREE_OPTIONS = {"resume", "evaluate", "generate", "eval_prompts", "track"}
 
 
 class UserError(ValueError):
-    """A mistake of the user, which main() prints as one line."""
+    """A wrong option, file or environment, which main() reports without a traceback."""
 
 
 def require(condition: object, message: str) -> None:
@@ -1488,7 +1488,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
 
 
 def new_run_dir(args: Args) -> str:
-    """Name a run folder; nanoseconds, so that runs which start together get different ones."""
+    """Return a new run folder; the time in nanoseconds keeps runs that start together apart."""
     return f"runs/gpt__{SCRIPT}__{args.seed}__{time.time_ns()}"
 
 
@@ -1528,7 +1528,7 @@ class SilentWriter:
 
 
 def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage, iteration, step) -> None:
-    """Write run_dir/checkpoint.pt to another name and rename it, so that a crash never leaves half a file."""
+    """Write run_dir/checkpoint.pt atomically: write a temporary file, then rename it."""
     if RANK > 0:  # all processes have the same to save
         return
     options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
@@ -1562,8 +1562,8 @@ def load_checkpoint(run_dir: str | Path) -> dict:
             damaged = archive.testzip()  # torch.load does not verify checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         require(not damaged and (checkpoint["script"], checkpoint["format"]) == (SCRIPT, FORMAT), "")
-    except Exception as error:  # zipfile and torch raise many kinds for files that are not theirs
-        raise UserError(f"{path} is missing, damaged or not of {SCRIPT}.py, format {FORMAT}") from error
+    except Exception as error:  # zipfile and torch raise many types of errors for invalid files
+        raise UserError(f"{path} is missing, damaged or not a {SCRIPT} file, format {FORMAT}") from error
     return checkpoint
 
 
@@ -1577,7 +1577,7 @@ def load_args(run_dir: str | Path) -> Args:
 
 
 def parse_args() -> Args:
-    """Parse the command line. The options of a saved run are the defaults beside --resume and --evaluate."""
+    """Parse the command line; with --resume or --evaluate, the options of the saved run are the defaults."""
     args = tyro.cli(Args)
     if saved := args.resume or args.evaluate:
         return tyro.cli(Args, default=Args(**load_checkpoint(saved)["args"]))

@@ -57,6 +57,12 @@ class TestBoxActions:
         scaled = scale(box_agent(ppo, low, high), torch.tensor([[7.0, -3.0], [-0.5, 4.0]]), tensors)
         assert scaled.tolist() == [[7.0, 0.0], [-0.5, 4.0]]
 
+    @pytest.mark.parametrize("tensors", [True, False])
+    def test_bounds_whose_difference_overflows_are_not_mapped(self, ppo, tensors):
+        most = torch.finfo(torch.float32).max * torch.ones(2)
+        scaled = scale(box_agent(ppo, -most, most), torch.tensor([[0.0, 1.5]]), tensors)
+        assert scaled.tolist() == [[0.0, 1.5]]
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_every_action_lies_within_bounds_that_floats_cannot_hold_exactly(self, ppo, dtype):
         low, high = torch.tensor([-0.3, 0.1], dtype=dtype), torch.tensor([0.7, 0.2], dtype=dtype)

@@ -41,30 +41,32 @@ def refusal(ppo, monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--num-minibatches 5", "num_envs * num_steps = 2048 does not make 5 minibatches; [4, 8] would do"),
-        ("--num-minibatches 0", "num_envs * num_steps = 2048 does not make 0 minibatches"),
-        ("--num-minibatches 4096", "does not make 4096 minibatches; [1024, 512] would do"),
-        ("--num-minibatches 2048", "does not make 2048 minibatches; [1024, 512] would do"),  # one row each
-        ("--total-timesteps 100", "--total-timesteps is below a rollout, 2048"),
-        ("--total-timesteps 0", "--total-timesteps is below a rollout, 2048"),
+        ("--num-minibatches 5", "2048 rows (N * T) of a process do not make 5 minibatches; [8, 16] would do"),
+        ("--num-minibatches 0", "2048 rows (N * T) of a process do not make 0 minibatches; [1] would do"),
+        ("--num-minibatches 4096", "do not make 4096 minibatches; [512, 1024] would do"),
+        ("--num-minibatches 2048", "do not make 2048 minibatches; [512, 1024] would do"),  # one row each
+        ("--total-timesteps 100", "--total-timesteps must be at least 2048"),
+        ("--total-timesteps 0", "--total-timesteps must be at least 2048"),
         ("--learning-rate nan", "learning_rate is nan; it must be positive"),
         ("--gamma 1.5", "gamma is 1.5; it must lie in [0, 1]"),
         ("--gae-lambda -0.1", "gae_lambda is -0.1; it must lie in [0, 1]"),
-        ("--num-envs 0", "num_envs * num_steps = 0 does not make"),
+        ("--num-envs 0", "num_envs is 0; it must be positive"),
+        ("--num-envs -8 --num-steps -256", "num_envs is -8; it must be positive"),
+        ("--max-grad-norm -1", "max_grad_norm is -1.0; it must be positive"),
         ("--update-epochs 0", "update_epochs is 0; it must be positive"),
         ("--eval-episodes 0", "eval_episodes is 0; it must be positive"),
         ("--seed -1", "seed is -1; it must not be negative"),
         ("--seed one", "invalid literal for int"),
         ("--no-such-option 1", "no-such-option"),
-        ("--resume nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
-        ("--evaluate nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
-        ("--init-from nowhere", "nowhere/checkpoint.pt is missing, damaged or not of ppo_"),
+        ("--resume nowhere", "nowhere/checkpoint.pt is missing, damaged or not a ppo_"),
+        ("--evaluate nowhere", "nowhere/checkpoint.pt is missing, damaged or not a ppo_"),
+        ("--init-from nowhere", "nowhere/checkpoint.pt is missing, damaged or not a ppo_"),
         ("--env-id Pendulum-v7", "Environment version `v7` for environment `Pendulum` doesn't exist"),
         ("--env-id Pendulumm-v1", "Did you mean: `Pendulum`?"),
         ("--env-id nonsense", "Environment `nonsense` doesn't exist"),
         ("--env-id not/an/id", "Malformed environment ID: not/an/id"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
-        ("--resume=", "a run folder is empty"),  # for example, an unset shell variable
+        ("--resume=", "a run folder is ''"),  # for example, an unset shell variable
     ],
 )
 def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -163,11 +165,11 @@ class TestRuns:
         capsys.readouterr()
         for action in ("--resume", "--evaluate"):
             said = refusal(ppo, monkeypatch, capsys, action, run_dir, "--gamma", "0.9", "--seed", "5")
-            assert "a saved run keeps its options; these differ: gamma, seed" in said
-        assert "give one of them" in refusal(
+            assert "options of a saved run cannot change: gamma, seed" in said
+        assert "exclude each other" in refusal(
             ppo, monkeypatch, capsys, "--resume", run_dir, "--evaluate", run_dir
         )
-        assert "--total-timesteps may only grow" in refusal(
+        assert "--total-timesteps can only be increased" in refusal(
             ppo, monkeypatch, capsys, "--resume", run_dir, "--total-timesteps", "256", "--num-steps", "64"
         )
 
@@ -213,7 +215,7 @@ class TestRuns:
 
 @control
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
-    with pytest.raises(ValueError, match=r"\[4, 8\] would do"):
+    with pytest.raises(ValueError, match=r"\[8, 16\] would do"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
     with pytest.raises(gym.error.NameNotFound, match="Did you mean: `Pendulum`"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
@@ -222,9 +224,10 @@ def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
 @control
 def test_numbers_of_numpy_as_options_are_saved_as_numbers_of_python(ppo, run_dir):
     rate = np.logspace(-4, -3, 3)[1]
-    ppo.train(small(ppo, run_dir, learning_rate=rate))
-    saved = ppo.load_checkpoint(run_dir)["args"]["learning_rate"]
-    assert saved == rate and type(saved) is float
+    ppo.train(small(ppo, run_dir, learning_rate=rate, seed=np.int64(3), norm_adv=np.True_))
+    saved = ppo.load_checkpoint(run_dir)["args"]
+    assert (saved["learning_rate"], saved["seed"], saved["norm_adv"]) == (rate, 3, True)
+    assert [type(saved[name]) for name in ("learning_rate", "seed", "norm_adv")] == [float, int, bool]
 
 
 @control

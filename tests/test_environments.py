@@ -177,11 +177,15 @@ def test_every_environment_of_an_evaluation_plays_as_many_episodes(ppo, run_dir,
 
 @control
 def test_an_evaluation_ends_even_where_episodes_do_not(ppo, run_dir, monkeypatch):
-    monkeypatch.setattr(Counter, "outcome", lambda self, action: (0.0, 1.0, False))
     args = ppo.Args(env_id=probe(ppo, "Counter"), eval_episodes=1)
-    action = gym.make(args.env_id).action_space.sample()
+    action, resets, reset = gym.make(args.env_id).action_space.sample(), [], Counter.reset
+    monkeypatch.setattr(Counter, "outcome", lambda self, action: (0.0, 1.0, False))
+    monkeypatch.setattr(
+        Counter, "reset", lambda *inputs, **options: resets.append(1) or reset(*inputs, **options)
+    )
     agent = types.SimpleNamespace(act=lambda *_, **__: [action])
     assert ppo.evaluate(agent, args, run_dir) == [30_000.0]
+    assert len(resets) == 2  # the next episode is a new one
 
 
 @control

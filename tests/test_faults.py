@@ -342,19 +342,19 @@ def older(data):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: b"", "is missing, damaged or not of"),
-        (lambda data: data[: len(data) // 2], "is missing, damaged or not of"),
-        (flip_a_byte, "is missing, damaged or not of"),
-        (lambda data: b"hello " * 1000, "is missing, damaged or not of"),
-        (lambda data: saved({"state_dict": torch.ones(3)}), "is missing, damaged or not of"),
-        (lambda data: saved(torch.ones(3)), "is missing, damaged or not of"),
-        (lambda data: saved({"script": "ppo_other", "format": 2}), "is missing, damaged or not of"),
-        (lambda data: older(data), r"not of ppo_\w+.py, format \d"),
-        (lambda data: saved(Malicious()), "is missing, damaged or not of"),
-        (lambda data: pickle.dumps(Malicious()), "is missing, damaged or not of"),
+        (lambda data: b"", "is missing, damaged or not a"),
+        (lambda data: data[: len(data) // 2], "is missing, damaged or not a"),
+        (flip_a_byte, "is missing, damaged or not a"),
+        (lambda data: b"hello " * 1000, "is missing, damaged or not a"),
+        (lambda data: saved({"state_dict": torch.ones(3)}), "is missing, damaged or not a"),
+        (lambda data: saved(torch.ones(3)), "is missing, damaged or not a"),
+        (lambda data: saved({"script": "ppo_other", "format": 2}), "is missing, damaged or not a"),
+        (lambda data: older(data), r"not a ppo_\w+ file, format \d"),
+        (lambda data: saved(Malicious()), "is missing, damaged or not a"),
+        (lambda data: pickle.dumps(Malicious()), "is missing, damaged or not a"),
         (
             lambda data: saved(Malicious(), _use_new_zipfile_serialization=False),
-            "is missing, damaged or not of",
+            "is missing, damaged or not a",
         ),
     ],
     ids=[
@@ -407,7 +407,7 @@ def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir,
             assert same(ppo.load_checkpoint(run_dir), before)
         except ppo.UserError as error:
             refused += 1
-            assert "is missing, damaged or not of" in str(error)
+            assert "is missing, damaged or not a" in str(error)
     assert refused > len(trials(20, 2000)) / 2
     trials.survived("a spoiled checkpoint", ppo, len(trials(20, 2000)))
 

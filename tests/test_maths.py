@@ -47,6 +47,8 @@ class TestGAE:
         assert dead.item() == 0.0  # 1 - 1
         assert late.item() == pytest.approx(9.0)  # 1 + 0.9 * 10 - 1
         assert both.item() == 0.0
+        broken, _ = ppo.compute_gae(one, one, math.nan * one, yes, no, gamma=0.9, gae_lambda=0.95)
+        assert broken.item() == 0.0  # V of a final observation that is nan does not count
 
     @pytest.mark.parametrize("ends", ["bool", "float"])
     def test_equals_a_double_loop_with_both_kinds_of_end_mixed(self, ppo, ends):

@@ -107,7 +107,7 @@ def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way
     resumed(ppo, tmp_path / "short", total_timesteps=1024)
     long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
     assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
-    with pytest.raises(ppo.UserError, match="--total-timesteps may only grow"):
+    with pytest.raises(ppo.UserError, match="--total-timesteps can only be increased"):
         resumed(ppo, tmp_path / "short", total_timesteps=512)
 
 
