@@ -445,7 +445,8 @@ def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) ->
         for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
             seed_generator(seeds[index])  # some environments use global generators
         film = {"render_mode": "rgb_array"} if video_folder and index == 0 else {}
-        env = gym.wrappers.TimeLimit(CheckedEnv(noted(index, gym.make, spec, **film), index), 30_000)
+        env = noted(index, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
+        env = gym.wrappers.TimeLimit(CheckedEnv(env, index), 30_000)
         if film:
             env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k == 0)
         space = env.observation_space
@@ -607,8 +608,7 @@ def train(args: Args) -> list[float]:
                 final_obs[t] = copy.deepcopy(info["final_obs"])
         all_obs[-1] = obs_now
         rows = (all_obs, actions, rewards, terminations, truncations)
-        rows = [torch.as_tensor(x, device=device) for x in rows]
-        raw_obs, actions, rewards, terminations, truncations = rows
+        raw_obs, actions, rewards, terminations, truncations = (torch.as_tensor(x).to(device) for x in rows)
         check_finite(step - args.batch_size + args.num_envs, obs=raw_obs[1:], reward=rewards.float())
         dones = terminations.bool() | truncations.bool()
         sums, running = running_sums(rewards.cpu().numpy(), dones.cpu().numpy(), args.gamma, running)
