@@ -53,21 +53,23 @@ class Args:
     """Gymnasium id; `module:Name-v0` imports the module first, `ALE/Name-v5` is an Atari game"""
     total_timesteps: int = 60_000
     """environment steps of the run over all environments, rounded down to whole rollouts"""
-    learning_rate: float = 1e-3
-    """step size of Adam (alpha)"""
+    learning_rate: float = 2e-3
+    """step size of Adam (alpha), the highest one if it follows the KL"""
+    lr_kl_target: float | None = 0.03
+    """KL of a minibatch, in nats, that the learning rate follows (None: it does not)"""
     num_envs: int = 8
     """number of parallel environments (N), summed over all processes"""
     num_steps: int = 256
     """steps of each environment per rollout (T)"""
     anneal_lr: bool = True
-    """decrease the learning rate linearly to zero over the run"""
+    """decrease the learning rate linearly to zero over the run, or lr_kl_target over its last quarter"""
     gamma: float = 0.99
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias-variance trade-off of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches per epoch; N * T rows are divided among them"""
-    update_epochs: int = 10
+    update_epochs: int = 5
     """passes over each rollout (K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
@@ -214,6 +216,16 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (torch.expm1(logratio) - logratio).mean()
 
 
+def follow_kl(learning_rate: Tensor, kl: Tensor, kl_target: float, max_lr: float) -> Tensor:
+    """Divide the learning rate by 1.5 if kl > 2 * kl_target, multiply it by 1.5 if kl < kl_target / 2.
+
+    The result lies in [1e-5, max_lr]; an infinite kl_target gives max_lr. KL in nats. In the paper (Table 4)
+    the step size also follows the KL; this rule is from RSL-RL.
+    """
+    change = (kl < kl_target / 2).float() - (kl > 2 * kl_target).float()  # 1, 0 or -1
+    return (learning_rate * 1.5**change).clamp(1e-5, max_lr)
+
+
 def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) -> Tensor:
     """Compute the fraction of ratios outside [1 - clip_coef, 1 + clip_coef]."""
     return ((torch.exp(new_logprobs - old_logprobs) - 1).abs() > clip_coef).float().mean()
@@ -281,8 +293,11 @@ def mlp_parameters(inputs: int, outputs: int, last_gain: float, hidden=(64, 64))
 
 
 def standardize(obs, mean, var):
-    """Scale observations, tensors or arrays, to mean 0 and variance 1, clipped at 10 (not in the paper)."""
-    return ((obs - mean) / (var + 1e-8) ** 0.5).clip(-10, 10)
+    """Scale observations, tensors or arrays, to mean 0 and variance 1, clipped at 10 (not in the paper).
+
+    Without the 1e-2, inputs that rarely change, such as contact forces, would be far from 0 when they do.
+    """
+    return ((obs - mean) / (var + 1e-2) ** 0.5).clip(-10, 10)
 
 
 def nature_cnn(images: Tensor, parameters) -> Tensor:
@@ -334,8 +349,7 @@ class Agent(nn.Module):
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
         """Divide rewards by the std of the discounted return, clip at 10. Centring would change the task."""
-        var = self.return_moments.var
-        return (rewards / torch.where(var > 0, var.sqrt(), 1.0)).clip(-10, 10)
+        return (rewards / self.return_moments.var.clamp(min=1e-30).sqrt()).clip(-10, 10)
 
     def features(self, obs: Tensor) -> Tensor:
         """Compute the inputs of actor and critic: for images, the output (..., 512) of a shared trunk."""
@@ -398,11 +412,8 @@ class Agent(nn.Module):
 
 def flatten_parameters(model: nn.Module) -> Tensor:
     """Make all parameters views of one flat vector, so that one call clips or updates all of them."""
-    parameters = list(model.parameters())
-    weights = nn.utils.parameters_to_vector(parameters).detach().requires_grad_()
-    parts = weights.detach().split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part.view_as(parameter)
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+    nn.utils.vector_to_parameters(weights, model.parameters())
     return weights
 
 
@@ -598,12 +609,12 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args, 
     loss = policy_loss + args.vf_coef * critic_loss - args.ent_coef * entropy  # minus eq. 9
 
     gradients = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
-    gradient = average(torch.cat([x.flatten() for x in gradients]))
-    grad_norm = gradient.norm()
-    gradient = gradient * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
+    grad = average(torch.cat([x.flatten() for x in gradients]))
+    grad_norm = grad.norm()
+    grad = grad * (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # not in the paper
     kl = approx_kl(new_logprobs.detach(), old_logprobs)
     clipfrac = clip_fraction(new_logprobs.detach(), old_logprobs, clip_coef)
-    return gradient, torch.stack((policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)).detach()
+    return grad, average(torch.stack((policy_loss, critic_loss, entropy, kl, clipfrac, grad_norm)).detach())
 
 
 def train(args: Args) -> list[float]:
@@ -616,11 +627,12 @@ def train(args: Args) -> list[float]:
     agent = make_agent(args, envs, checkpoint["agent"]).to(device)
     weights = flatten_parameters(agent)
     # not in the paper: epsilon 1e-5, as in openai/baselines (torch's default is 1e-8)
-    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([weights], lr=torch.tensor(args.learning_rate), eps=1e-5, fused=True)
     gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"]
-    if checkpoint["optimizer"]:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.load_state_dict(checkpoint["optimizer"] or optimizer.state_dict())
+    # a tensor on the device, so that changing it after each minibatch does not wait for the GPU
+    optimizer.param_groups[0]["lr"] = learning_rate = optimizer.param_groups[0]["lr"].to(device)
     writer = open_writer(args, run_dir, first_iteration * args.batch_size) if RANK == 0 else None
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     iterations = range(first_iteration, args.num_iterations)
@@ -641,10 +653,10 @@ def train(args: Args) -> list[float]:
             choices = as_type_of(obs_now, agent.choices.expand(num_envs, -1, -1))
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
-        left = 1 - iteration / args.num_iterations
-        if args.anneal_lr:  # in the paper for Atari only, like anneal_clip
-            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+        left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
         clip_coef = torch.tensor(args.clip_coef * (left if args.anneal_clip else 1), device=device)
+        kl_target = (min(1, 4 * left) if args.anneal_lr else 1) * (args.lr_kl_target or math.inf)
+        max_lr = args.learning_rate * (left if args.anneal_lr and not args.lr_kl_target else 1)
 
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
         policy, final_obs = agent.acting_policy(like=obs_now), {}
@@ -697,8 +709,9 @@ def train(args: Args) -> list[float]:
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
             weights.grad, mb_metrics = gradient_of(agent, mb, args, clip_coef)
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
-            if args.target_kl is not None and average(mb_metrics[3].clone()) > args.target_kl:
+            if args.target_kl is not None and mb_metrics[3] > args.target_kl:
                 break
+            learning_rate.copy_(follow_kl(learning_rate, mb_metrics[3], kl_target, max_lr))
             optimizer.step()
         if not agent.images:  # last, because the networks must learn from the inputs that the policy saw
             agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
@@ -707,7 +720,7 @@ def train(args: Args) -> list[float]:
         scalars = {f"losses/{x}": y for x, y in zip(METRICS, torch.stack(metrics).mean(0), strict=True)}
         check_finite(step, **scalars, obs_var=agent.obs_moments.var)
         scalars["losses/explained_variance"] = explained_variance(values, returns)
-        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        scalars["charts/learning_rate"] = learning_rate
         scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
         if ended.any():
             scalars["charts/episodic_return"] = ended_returns.mean()
@@ -731,7 +744,7 @@ def train(args: Args) -> list[float]:
 # ---------------------------------------------------------------------------------------- the utilities
 
 
-SCRIPT, FORMAT = "ppo_discrete", 2  # checkpoint header
+SCRIPT, FORMAT = "ppo_discrete", 3  # checkpoint header
 THREADS = torch.get_num_threads()  # before set_up_torch()
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
@@ -754,8 +767,7 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, saved: dict[str, Tensor] 
     space, obs_space = envs.single_action_space, envs.single_observation_space
     require(isinstance(obs_space, gym.spaces.Box), f"{args.env_id}: {obs_space} does not flatten to a vector")
     known = isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary)
-    others = "ppo_continuous.py is for a Box of floats, and a gymnasium.ActionWrapper can convert others"
-    require(known, f"{args.env_id} has actions {space}, this script needs discrete ones; {others}")
+    require(known, f"actions {space} are not discrete; see ppo_continuous.py or gymnasium.ActionWrapper")
     if "ale_py:" in args.env_id and "ALE/" not in args.env_id:
         print(f"{args.env_id} has raw frames; games like ALE/Breakout-v5 are preprocessed", file=sys.stderr)
     same_step = envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP

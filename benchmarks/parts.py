@@ -61,7 +61,7 @@ def milliseconds(compile: bool) -> list[float]:
     torch.optim.Adam.step = timed("adam", torch.optim.Adam.step)
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
-        job = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=ROWS, num_minibatches=32)
+        job = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=ROWS, num_minibatches=32, update_epochs=10)
         job |= dict(total_timesteps=ROWS * ITERATIONS, checkpoint_every=ITERATIONS, run_dir=f"{folder}/run")
         ppo.train(ppo.Args(**job, compile=compile))
     *parts, whole = (

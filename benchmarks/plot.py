@@ -19,13 +19,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def main() -> None:
     """Draw one panel per task and one line per seed; dots show the final evaluations."""
     with (RESULTS / "learning.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for script in dict.fromkeys(row["script"] for row in rows):
-        draw(script, [row for row in rows if row["script"] == script])
+        learning = list(csv.DictReader(file))
+    for script in dict.fromkeys(row["script"] for row in learning):
+        draw(script, [row for row in learning if row["script"] == script])
     with (RESULTS / "penalty.csv").open() as file:
         rows = list(csv.DictReader(file))
     draw_controller([row for row in rows if row["variant"].startswith("target")])
-    compare([row for row in rows if not row["variant"].startswith("target")])
+    clip = [row | {"variant": "clip"} for row in learning if row["script"] == "ppo_continuous"]
+    compare([row for row in rows if row["variant"] == "adaptive"], clip)
     with (RESULTS / "rlhf.csv").open() as file:
         draw_rlhf(list(csv.DictReader(file)))
 
@@ -39,7 +40,7 @@ def draw(script: str, rows: list[dict[str, str]]) -> None:
             curves[task][seed].append(point)
         elif row["what"] == "eval/episodic_return":
             evaluations[task][seed] = point
-    lines = 2 if len(curves) > 2 else 1
+    lines = 1 if len(curves) <= 2 else 2 if len(curves) <= 8 else 3
     columns = (len(curves) + lines - 1) // lines
     size = (3.5 * columns, 3 * lines)
     figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
@@ -90,13 +91,14 @@ def draw_controller(rows: list[dict[str, str]]) -> None:
     figure.savefig(RESULTS / "penalty_controller.png", dpi=80)
 
 
-def compare(rows: list[dict[str, str]]) -> None:
+def compare(adaptive: list[dict[str, str]], clip: list[dict[str, str]]) -> None:
     """Print a table of tasks and variants: evaluations of all seeds, and the median."""
-    evaluations = defaultdict(lambda: defaultdict(list))
+    evaluations, tasks = defaultdict(lambda: defaultdict(list)), {row["task"] for row in adaptive}
+    rows = adaptive + [row for row in clip if row["task"] in tasks]
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         if row["what"] == "eval/episodic_return":
             evaluations[row["task"]][row["variant"]].append(float(row["value"]))
-    variants = ("clip", "adaptive", "fixed", "clip 3e-4", "adaptive 3e-4")
+    variants = ("clip", "adaptive")
     print("| task | " + " | ".join(variants) + " |\n|-|" + "-|" * len(variants))
     for task, values in sorted(evaluations.items()):
         cells = []

@@ -7,7 +7,7 @@ from suite import control
 
 @control
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.campaign)])  # more seeds in benchmarks
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.campaign)])  # more seeds in benchmarks
 def test_the_default_task_is_solved_with_the_shipped_defaults(ppo, run_dir, monkeypatch, seed):
     evaluations, evaluate = [], ppo.evaluate
     monkeypatch.setattr(

@@ -344,6 +344,30 @@ class TestApproxKL:
         assert abs(estimate - backward) > 0.05
 
 
+@scripts_with("follow_kl")
+class TestFollowKL:
+    @pytest.mark.parametrize(
+        "kl, expected",
+        [
+            (0.041, 2e-3), (0.040, 3e-3), (0.020, 3e-3), (0.010, 3e-3), (0.009, 4.5e-3), (0.0, 4.5e-3),
+            (math.nan, 3e-3),
+        ],
+    )  # fmt: skip
+    def test_a_target_of_0_02_allows_half_to_twice_of_it(self, ppo, kl, expected):
+        rate = ppo.follow_kl(torch.tensor(3e-3), torch.tensor(kl), 0.02, 1e-2)
+        assert rate.item() == pytest.approx(expected)
+
+    def test_the_rate_stays_between_its_limits(self, ppo):
+        high, low = torch.tensor(0.1), torch.tensor(0.001)
+        assert ppo.follow_kl(torch.tensor(1.2e-5), high, 0.02, 1e-2).item() == pytest.approx(1e-5)
+        assert ppo.follow_kl(torch.tensor(8e-3), low, 0.02, 1e-2).item() == pytest.approx(1e-2)
+        assert ppo.follow_kl(torch.tensor(1e-7), low, 0.02, 1e-7).item() == pytest.approx(1e-7)
+
+    def test_an_infinite_target_gives_the_maximum(self, ppo):
+        rate = ppo.follow_kl(torch.tensor(1e-3), torch.tensor(9.0), math.inf, 5e-4)
+        assert rate.item() == pytest.approx(5e-4)
+
+
 @scripts_with("clip_fraction")
 def test_clip_fraction_counts_the_ratios_outside(ppo):
     new = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21]).log()

@@ -57,10 +57,14 @@ def stopped_after(ppo, monkeypatch, args, iterations):
 
 @each_kind
 @pytest.mark.parametrize(
-    "options", [{}, dict(norm_obs=False, norm_reward=False, anneal_lr=False, target_kl=0.01)]
+    "options",
+    [
+        dict(learning_rate=0.02, lr_kl_target=0.004),  # the learning rate changes
+        dict(norm_obs=False, norm_reward=False, anneal_lr=False, lr_kl_target=None, target_kl=0.01),
+    ],
 )
 def test_resuming_in_process_is_exact_and_returns_the_whole_history(ppo, tmp_path, monkeypatch, options):
-    options |= dict(total_timesteps=6 * 512, num_steps=256)
+    options = options | dict(total_timesteps=6 * 512, num_steps=256)
     returns = ppo.train(small(ppo, tmp_path / "alone", **options))
     stopped_after(ppo, monkeypatch, small(ppo, tmp_path / "killed", **options), 4)
     assert resumed(ppo, tmp_path / "killed") == returns and len(returns) > 0

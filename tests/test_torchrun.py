@@ -58,6 +58,7 @@ def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch)
 )
 def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes, tmp_path):
     options = dict(num_envs=6, num_steps=208, total_timesteps=2496, update_epochs=2, checkpoint_every=1)
+    options |= dict(learning_rate=0.02, lr_kl_target=0.004)  # the rate changes, in both processes alike
     torch.save(vars(small(ppo, tmp_path / "run", **options)), tmp_path / "options.pt")
     torchrun(processes, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, tmp_path)
     checkpoint, points = ppo.load_checkpoint(tmp_path / "run"), curve(tmp_path / "run")
@@ -139,8 +140,7 @@ def test_a_killed_process_ends_the_run_and_its_checkpoint_goes_on_to_the_same_en
     first, second = curve(alone), curve(one)
     for tag in ("charts/learning_rate", "losses/approx_kl"):
         assert [step for step, _ in second[tag]] == [step for step, _ in first[tag]]
-    assert second["charts/learning_rate"] == first["charts/learning_rate"]
-    assert second["losses/approx_kl"][:3] == first["losses/approx_kl"][:3]
+        assert second[tag][:3] == first[tag][:3]
     assert second["losses/approx_kl"][-1] != first["losses/approx_kl"][-1]
 
 
