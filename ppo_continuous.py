@@ -65,7 +65,7 @@ class Args:
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias-variance trade-off of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches per epoch; N * T rows are divided among them"""
     update_epochs: int = 5
     """passes over each rollout (K)"""

@@ -69,7 +69,7 @@ class Args:
     """bias-variance trade-off of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
     num_minibatches: int = 8
     """minibatches per epoch; N * T rows are divided among them"""
-    update_epochs: int = 5
+    update_epochs: int = 8
     """passes over each rollout (K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
