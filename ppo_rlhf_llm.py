@@ -47,10 +47,10 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 
@@ -119,8 +118,6 @@ class Args:
     """taken off the score of an answer that was cut off"""
     ptx_coef: float = 0.0
     """weight of the loss of stage 1, a mean over tokens, in stage 3 (gamma of InstructGPT)"""
-    shared_critic: bool = False
-    """make the critic a head on the actor's trunk (else: a model of its own, at first the reward model)"""
     model: str | None = None
     """causal language model of transformers, a folder or a name on the hub (None: the built-in GPT)"""
     reward_model: str | None = None
@@ -190,63 +187,40 @@ class Args:
     def num_iterations(self) -> int:
         return self.total_episodes // self.batch_size
 
-    @property
-    def checkpoint_interval(self) -> int:
-        return self.checkpoint_every or max(1, self.num_iterations // 10)
-
     def __post_init__(self) -> None:
-        limits = dict.fromkeys(("gamma", "gae_lambda"), (0, 1))
-        limits |= dict.fromkeys(("vf_coef", "kl_coef", "ptx_coef", "eos_penalty"), (0, 1e6))
-        limits |= {name: (1e-12, 1) for name in vars(self) if name.endswith("learning_rate")}
-        limits |= {"seed": (0, 9e18), "batch_size": (2, 9e18), "num_pairs": (20, 9e18)}
-        limits |= {"eval_prompts": (2, HELD_OUT)}
-        for field in dataclasses.fields(self):
-            option, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            types, kind = get_args(field.type) or (field.type,), type(value)
-            if get_origin(field.type) is Literal:
-                if value not in types:
-                    raise ValueError(f"{option} is {value!r}; it must be {' or '.join(types)}")
-                continue
-            if value == "" or (kind not in types and not (kind is int and float in types)):
-                names = " or ".join(t.__name__ for t in types)
-                raise ValueError(f"{option} is {value!r}; it must be {names}")
-            low, high = limits.get(field.name, (1, 9e18) if kind is int else (1e-12, math.inf))
-            if kind in (int, float) and not low <= value <= high:
-                raise ValueError(f"{option} is {value}; it must lie between {low} and {high}")
-        for message, wrong in self.mistakes().items():
-            if wrong:
-                raise ValueError(message)
-
-    def mistakes(self) -> dict[str, Any]:
-        """What is said of options that do not go together, and whether to say it."""
         rows, parts, horizon = self.batch_size, self.num_minibatches, self.kl_horizon
+        positive = ("batch_size", "num_minibatches", "answer_length", "update_epochs", "kl_horizon", "layers")
+        positive += ("heads", "width", "clip_coef", "max_grad_norm", "sft_epochs", "reward_model_epochs")
+        positive += ("learning_rate", "sft_learning_rate", "reward_model_learning_rate")
+        for name in positive:
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("kl_target", "micro_batch_size", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive or None")
+        for name in ("vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("gamma", "gae_lambda"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        require(2 <= self.eval_prompts <= HELD_OUT, f"eval_prompts must lie between 2 and {HELD_OUT}")
+        require(self.num_texts >= 20 and self.num_pairs >= 20, "num_texts and num_pairs must be at least 20")
+        require(rows > 1, "batch_size is 1: advantages of one answer have no standard deviation")
+        require(rows % parts == 0, f"batch_size {rows} is not divisible by num_minibatches {parts}")
+        share, rest = divmod(self.minibatch_size, WORLD_SIZE)
+        require(share and not rest, f"{WORLD_SIZE} processes do not divide {self.minibatch_size} answers")
+        require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
+        require(self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
         adaptive, scored = self.kl_target is not None, self.reward_model or self.reward_function
-        return {
-            f"--batch-size {rows} does not divide into --num-minibatches {parts}": rows % parts,
-            f"--num-minibatches {parts} of --batch-size {rows} must be divisible by {WORLD_SIZE} processes": (
-                self.minibatch_size % WORLD_SIZE
-            ),
-            f"--width {self.width} does not divide into --heads {self.heads}": self.width % self.heads,
-            f"--total-episodes is less than one iteration, --batch-size {rows}": self.num_iterations == 0,
-            "--kl-target multiplies --kl-coef, which is 0; for none: --kl-target None": (
-                adaptive and self.kl_coef == 0
-            ),
-            f"--kl-horizon {horizon} may not be less than --batch-size {rows}": adaptive and rows > horizon,
-            "--reward-model and --reward-function both give scores: leave one out": (
-                self.reward_model and self.reward_function
-            ),
-            "--dense-reward needs stage 2: scores from outside are for whole answers": (
-                self.dense_reward and scored
-            ),
-            "--preference-data is for stage 2, which scores from outside leave out": (
-                self.preference_data and scored
-            ),
-            "--sft-data is for stage 1, which --skip-sft leaves out": self.sft_data and self.skip_sft,
-            "--skip-sft needs --model: the built-in one knows nothing yet": self.skip_sft and not self.model,
-            "--ptx-data needs --ptx-coef, which is 0": self.ptx_data and not self.ptx_coef,
-            "--resume trains and --evaluate only answers: give one of them": self.resume and self.evaluate,
-            "--generate needs --evaluate runs/NAME: it answers": self.generate and not self.evaluate,
-        }
+        require(self.kl_coef or not adaptive, "kl_coef 0 cannot be adapted; it needs --kl-target None")
+        require(rows <= horizon or not adaptive, f"kl_horizon {horizon} must be at least batch_size {rows}")
+        both = self.reward_model and self.reward_function
+        require(not both, "--reward-model and --reward-function exclude each other")
+        require(not (scored and self.dense_reward), "--dense-reward needs the reward model of stage 2")
+        require(not (scored and self.preference_data), "--preference-data needs stage 2, a reward model")
+        require(not (self.sft_data and self.skip_sft), "--skip-sft leaves out stage 1, so no --sft-data")
+        require(self.model or not self.skip_sft, "--skip-sft needs --model: the built-in one is untrained")
+        require(self.ptx_coef or not self.ptx_data, "--ptx-data needs --ptx-coef, which is 0")
+        require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
+        require(self.evaluate or not self.generate, "--generate needs --evaluate runs/NAME")
 
 
 # ------------------------------------------------------------------------------------------ the maths
@@ -551,11 +525,6 @@ def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor, length: int)
     return call(trunk, **inputs, use_cache=False, keep=length).last_hidden_state[:, -length:]
 
 
-def one_number(head: nn.Linear, states: Tensor) -> Tensor:
-    """Hidden states (B, S, D) -> (B, S). A matrix product would be rounded under autocast; a sum is not."""
-    return (states.float() * head.weight).sum(-1) + head.bias
-
-
 class ScalarModel(nn.Module):
     """A number for each beginning of a text: a reward model (read at the last token), or a critic."""
 
@@ -567,7 +536,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids: Tensor, attention: Tensor, length: int) -> Tensor:
         """Tokens (B, S), attention (B, S) -> (B, length): for the text up to each of the last tokens."""
-        return one_number(self.head, hidden_states(self.trunk, ids, attention, length))
+        states = hidden_states(self.trunk, ids, attention, length).float()
+        # a sum instead of a matrix product, which autocast would round to bfloat16
+        return (states * self.head.weight).sum(-1) + self.head.bias
 
 
 LOGITS_AT_ONCE = 2**24  # tokens x vocabulary in one chunk: 64 MiB, and up to eight of these for a moment
@@ -588,10 +559,13 @@ class Models(nn.Module):
         critic = ScalarModel(copy.deepcopy(self.actor.base_model), width)
         self.score_function = load_score_function(args)
         self.reward = None if self.score_function else copy.deepcopy(critic)
-        self.critic = nn.Linear(width, 1) if args.shared_critic else critic
+        self.critic = critic
         for name, value in (("score_mean", 0.0), ("score_deviation", 1.0)):
             self.register_buffer(name, torch.tensor(value))
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
+        config = getattr(self.actor, "generation_config", None)  # which can have several tokens that end
+        ends = [self.tokenizer.eos_token_id, *np.atleast_1d(config and config.eos_token_id)]
+        self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
         self.eval()
 
     def autocast(self) -> torch.autocast:
@@ -638,16 +612,16 @@ class Models(nn.Module):
         mask = attention.bool()
         prompts = decode(self, ids[:, :-length], mask[:, :-length])
         scores = self.score_function(prompts, decode(self, ids, mask[:, -length:]))
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=ids.device)
-        scores = (scores - self.score_mean) / self.score_deviation
+        scores = np.asarray(scores.tolist() if torch.is_tensor(scores) else scores, np.float32)
+        valid = scores.shape == (len(ids),) and np.isfinite(scores).all()
+        require(valid, f"--reward-function must return {len(ids)} finite numbers, not {scores}")
+        scores = (torch.as_tensor(scores, device=ids.device) - self.score_mean) / self.score_deviation
         ends = mask[:, -length:].sum(1, keepdim=True)
         return torch.zeros_like(ids[:, -length - 1 :], dtype=torch.float32).scatter(1, ends, scores[:, None])
 
-    def value(self, ids: Tensor, attention: Tensor, states: Tensor) -> Tensor:
-        """V before each of the last tokens, (B, L); states (B, L, D) are the actor's there."""
-        if self.args.shared_critic:
-            return one_number(self.critic, states)
-        return self.critic(ids[:, :-1], attention[:, :-1], states.shape[1])
+    def value(self, ids: Tensor, attention: Tensor, length: int) -> Tensor:
+        """Compute V before each of the last tokens, (B, length)."""
+        return self.critic(ids[:, :-1], attention[:, :-1], length)
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
@@ -879,7 +853,7 @@ def generate(models: Models, model: GPT, prompts: Sequence[str]) -> tuple[Tensor
         ids.append(tokens.masked_fill(~alive, tokenizer.pad_token_id))
         mask.append(alive)
         attention, positions = torch.cat((attention, alive.to(attention.dtype)), 1), positions[:, -1:] + 1
-        alive = alive & (tokens != tokenizer.eos_token_id)
+        alive = alive & ~torch.isin(tokens, models.ends)
         if not alive.any():  # synchronises with the GPU
             break
     return torch.cat(ids, 1), attention, torch.cat(mask, 1), torch.cat(logprobs, 1)
@@ -895,7 +869,7 @@ def decode(models: Models, ids: Tensor, mask: Tensor) -> list[str]:
 
 def finished_answers(models: Models, ids: Tensor, mask: Tensor) -> Tensor:
     """Which answers came to their end and were not cut off, (B,). ids (B, S), mask (B, L)."""
-    return ((ids[:, -mask.shape[1] :] == models.tokenizer.eos_token_id) & mask).any(1)
+    return (torch.isin(ids[:, -mask.shape[1] :], models.ends) & mask).any(1)
 
 
 def at_end(prefix_scores: Tensor, mask: Tensor) -> Tensor:
@@ -987,7 +961,7 @@ def fit(
         progress.set_postfix_str(f"loss {loss:.2f}")
         progress.update(len(mb))
         seen += len(mb)
-        check_finite(Path(writer.log_dir), step + seen, loss=loss)
+        check_finite(step + seen, loss=loss)
         writer.add_scalar(f"{stage}/loss", loss, step + seen)
     progress.close()
     return step + all_rows
@@ -1063,9 +1037,9 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
         writer.add_scalar("reward_model/accuracy", accuracy, step)
         print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices{ceiling}")
     normalize_scores(models, scores if data.labeller else None, data.held_out_prompts + data.prompts)
-    if not args.shared_critic and models.reward is None:
+    if models.reward is None:
         models.critic.trunk.load_state_dict(models.reference.base_model.state_dict())
-    elif not args.shared_critic:
+    else:
         models.critic.load_state_dict(models.reward.state_dict())
     return step
 
@@ -1081,9 +1055,12 @@ def normalize_scores(models: Models, scores: Tensor | None, prompts: list[str]) 
                 scores.append(at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask))
         scores = torch.cat(scores)
     mean, deviation = scores.mean(), scores.std()
+    if deviation < 1e-6:  # for example, a reward of 0 or 1 that no answer of the SFT model earns
+        print(f"all scores of the SFT model are {mean:g}, so scores are not divided by their deviation")
+        deviation = torch.ones_like(deviation)
     if models.reward is None:
         models.score_mean.copy_(mean)
-        models.score_deviation.copy_(deviation + 1e-8)  # a function may be constant
+        models.score_deviation.copy_(deviation)
     else:
         models.reward.head.weight.div_(deviation)
         models.reward.head.bias.sub_(mean).div_(deviation)
@@ -1105,7 +1082,7 @@ def assess(models: Models, ids: Tensor, attention: Tensor, mask: Tensor) -> tupl
         with models.autocast():
             prefix_scores = models.prefix_scores(*part, length)
             states = models.states_before(models.actor, *part, length)
-            values = models.value(*part, states)
+            values = models.value(*part, length)
             ref_states = models.states_before(models.reference, *part, length)
         terms = models.over_vocabulary(part[0][:, -length:], states, ref_states)
         parts.append((prefix_scores, values, *terms, ref_states))
@@ -1136,14 +1113,12 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
         w, logp, old_logp, advantage, kl, old_value, target = (x[weight > 0] for x in columns)
         policy_loss = (w * clipped_policy_loss(logp, old_logp, advantage, args.clip_coef)).sum()
         mean_kl = (w * kl).sum()
-        loss = policy_loss + kl_coef * mean_kl
-        if not args.shared_critic:  # then the actor's activations can go before the critic's come
-            loss.backward()
-            loss = 0.0
+        # first, so that the actor's activations are freed before the critic's are made
+        (policy_loss + kl_coef * mean_kl).backward()
         with models.autocast():
-            new_value = models.value(ids, attention, states)[:, : weight.shape[1]][weight > 0]
+            new_value = models.value(ids, attention, mask.shape[1])[:, : weight.shape[1]][weight > 0]
         critic_loss = (w * value_loss(new_value, old_value, target, clip_vloss)).sum()
-        (loss + args.vf_coef * critic_loss).backward()
+        (args.vf_coef * critic_loss).backward()
         parts.append(torch.stack((policy_loss, critic_loss, mean_kl)).detach())
         all_logprobs.append(new_logprobs.detach())
     return torch.stack(parts).sum(0), torch.cat(all_logprobs)
@@ -1152,17 +1127,19 @@ def add_gradients(models: Models, minibatch: Sequence[Tensor], kl_coef: float) -
 def train(args: Args) -> list[dict[str, float]]:
     """The three stages. Returns the metrics of each iteration of stage 3."""
     device = set_up_torch(args)
+    args = replace(args, **json.loads(json.dumps(vars(args), default=lambda x: x.item())))  # plain numbers
+    args.checkpoint_every = args.checkpoint_every or max(1, args.num_iterations // 10)
     torch.manual_seed(derive_seed(args.seed))
     models = Models(args).to(device)
     data = load_data(models)
     ptx_texts, _ = encode(models, data.ptx_texts), encode(models, [(prompt, "") for prompt in data.prompts])
     run_dir, checkpoint = open_run(args)
-    stage, first_iteration, step, history = 0, 0, 0, []  # step counts the texts that all stages have seen
-    if checkpoint:
-        stage, first_iteration = checkpoint["stage"], checkpoint["iteration"]
-        step, history = checkpoint["step"], checkpoint["history"]
+    stage, first_iteration = checkpoint["stage"], checkpoint["iteration"]
+    step, history = checkpoint["step"], checkpoint["history"]  # step counts the texts of all stages
+    if checkpoint["models"]:
         models.load_state_dict(checkpoint["models"])
-    writer = open_writer(args, run_dir, resumed_at=step if checkpoint else None)
+    silent = dict.fromkeys(("add_scalar", "add_text", "flush", "close"), lambda *_: None)
+    writer = open_writer(args, run_dir, step) if RANK == 0 else SimpleNamespace(**silent)
     if stage == 0:
         save_checkpoint(run_dir, args, models, None, history, stage=0, iteration=0, step=0)
         torch.manual_seed(derive_seed(args.seed, 1))
@@ -1180,8 +1157,7 @@ def train(args: Args) -> list[dict[str, float]]:
     weights = flatten_parameters(learners)
     # epsilon 1e-5 is TensorFlow's, as in Ziegler et al.; with 1e-8 the first KLs are several times higher
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
-    if checkpoint and checkpoint["optimizer"]:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.load_state_dict(checkpoint["optimizer"] or optimizer.state_dict())
     first_step = step - first_iteration * args.batch_size
     num_answers = args.batch_size // WORLD_SIZE  # of this process in an iteration
     progress = tqdm(
@@ -1195,7 +1171,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
     for iteration in range(first_iteration, args.num_iterations):
         started, step = time.perf_counter(), first_step + (iteration + 1) * args.batch_size
-        if iteration % args.checkpoint_interval == 0 and iteration > first_iteration:
+        if iteration % args.checkpoint_every == 0 and iteration > first_iteration:
             save_checkpoint(run_dir, args, models, optimizer, history, 2, iteration, step - args.batch_size)
         # everything random in an iteration follows from (seed, iteration), so a resumed run equals one that
         # never stopped
@@ -1258,7 +1234,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
         # 4. log: losses over every minibatch of the iteration, the rest over its answers
         policy_loss, critic_loss, loss_kl, grad_norm = torch.stack(losses).mean(0)
-        check_finite(run_dir, step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
+        check_finite(step, policy_loss=policy_loss, value_loss=critic_loss, grad_norm=grad_norm)
         new, old = (gather(torch.cat(column)) for column in zip(*logprob_pairs, strict=True))
         scalars = {
             "rlhf/score": gather(scores).mean(),
@@ -1321,7 +1297,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
 SCRIPT, FORMAT = "ppo_rlhf_llm", 1  # what a checkpoint says of itself
 PROGRESS = "{desc}  {percentage:3.0f}%  {rate_fmt}  {remaining} left{postfix}"
-FREE_OPTIONS = {"resume", "evaluate", "generate", "eval_prompts", "track"}
+FREE = {"resume", "evaluate", "total_episodes", "generate", "eval_prompts", "track"}
 
 
 class UserError(ValueError):
@@ -1345,7 +1321,7 @@ def check_models(models: Models, prompts: list[str], fresh: bool) -> None:
     """Looks for the traps of RLHF in the run's own models, in float32. fresh: PPO has not begun."""
     bf16, models.bf16 = models.bf16, False
     ids, attention, mask, sampled_logprobs = generate(models, models.actor, prompts)
-    prefix_scores, values, logprobs, _, kl, _, ref_states = assess(models, ids, attention, mask)
+    prefix_scores, values, logprobs, _, kl, _, _ = assess(models, ids, attention, mask)
     scores, again = at_end(prefix_scores, mask), assess(models, ids, attention, mask)[2]
     check_trap("two passes over one answer differ: dropout is on", (again - logprobs)[mask])
     check_trap(
@@ -1360,27 +1336,7 @@ def check_models(models: Models, prompts: list[str], fresh: bool) -> None:
         check_trap("padding changes values: positions or the mask", alone[1][0] - values[i, mask[i]])
         check_trap("padding changes probabilities: positions or the mask", alone[2][0] - logprobs[i, mask[i]])
         check_trap("the score is not that of the last real token", alone[0][0, -1] - scores[i])
-    check_gradients(models, (ids, attention, mask, ref_states), logprobs)
     models.bf16 = bf16
-
-
-def check_gradients(models: Models, answers: tuple[Tensor, ...], logprobs: Tensor) -> None:
-    """The first ratio is one, and micro-batches change no gradient."""
-    args, mask, gradients = models.args, answers[2], []
-    noise, old_logprobs = (
-        per_action(x, mask, args.action_level) for x in (torch.randn_like(logprobs), logprobs)
-    )
-    for size in (len(mask), 3):
-        models.zero_grad()
-        models.args = dataclasses.replace(args, micro_batch_size=size)
-        _, new_logprobs = add_gradients(models, (*answers, old_logprobs, noise, noise, noise), 1.0)
-        gradients.append(torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None]))
-        ratio = (new_logprobs - old_logprobs)[mask[:, : old_logprobs.shape[1]]].exp()
-        check_trap("the first ratio is not one", ratio - 1)
-    models.args = args
-    models.zero_grad()
-    whole, cut = gradients
-    check_trap("micro-batches change the gradient: a mean of their means", (whole - cut) / whole.norm())
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -1427,6 +1383,23 @@ def evaluate(models: Models, data: Data) -> tuple[dict[str, float], list[tuple]]
     return {f"eval/{name}": float(value) for name, value in metrics.items()}, rows
 
 
+def answer(args: Args) -> None:
+    """Evaluate the saved policy beside the SFT model, or answer --generate with both."""
+    require(WORLD_SIZE == 1, "--evaluate runs in one process; start it without torchrun")
+    _, checkpoint = open_run(args)
+    require(checkpoint["stage"] == 2, f"stage 3 has not begun; --resume {args.evaluate} continues the run")
+    models = Models(args).to(set_up_torch(args))
+    models.load_state_dict(checkpoint["models"])
+    if not args.generate:
+        evaluate(models, load_data(models))
+        return
+    prompt = args.generate + ("" if args.own_data else "\n")  # the built-in prompts end with a line break
+    encode(models, [(prompt, "")])  # raises UserError if it is too long
+    for name, model in (("before", models.reference), ("after", models.actor)):
+        ids, _, mask, _ = generate(models, model, [prompt])
+        print(f"{name}: {decode(models, ids, mask)[0]!r}")
+
+
 def set_up_torch(args: Args) -> torch.device:
     """The device to learn on, with repeatable arithmetic."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
@@ -1443,48 +1416,34 @@ def set_up_torch(args: Args) -> torch.device:
     return torch.device("cuda")
 
 
-def check_finite(run_dir: Path, step: int, **tensors: Tensor) -> None:
-    """Stops the run at a nan or an infinity. Tensors are (T, N, ...) rows that begin at step, or numbers."""
+def check_finite(step: int, **tensors: Tensor) -> None:
+    """Raise UserError at a nan or infinity; step is that of the values, or of row 0 of (T, N, ...)."""
     for name, x in tensors.items():
-        bad = (~torch.isfinite(x)).nonzero()
-        if len(bad):
-            where = f"step {step}"
-            if x.dim() >= 2:
-                t, i = bad[0, :2].tolist()
-                where = f"step {step + (t + 1) * x.shape[1] * WORLD_SIZE}, "
-                where += f"in environment {RANK * x.shape[1] + i}"
-            value = x[tuple(bad[0])].item()
-            raise UserError(f"{name} is {value} at {where}; {run_dir} keeps the checkpoint before it")
+        bad = (~torch.isfinite(x)).nonzero().tolist()
+        if bad and x.dim() > 1:
+            name += f" of environment {RANK * x.shape[1] + bad[0][1]}"
+            step += bad[0][0] * x.shape[1] * WORLD_SIZE
+        require(not bad, f"{name} is nan or infinite at step {step}; to go on, see --init-from")
 
 
-def check_unchanged(args: Args, run_dir: str) -> None:
-    """Refuses options that differ from the saved run's; a resumed one may grow longer."""
-    saved = load_args(run_dir)
-    changed = {name for name in vars(args) if getattr(args, name) != getattr(saved, name)} - FREE_OPTIONS
-    changed -= {"cuda", "bf16"} if args.evaluate else set()
-    changed |= {"track"} if args.evaluate and args.track and not saved.track else set()
-    if changed == {"total_episodes"} and args.resume and args.total_episodes > saved.total_episodes:
-        print(f"going on to {args.total_episodes} answers; schedules now follow this length", file=sys.stderr)
-    elif changed:
-        names = ", ".join("--" + name.replace("_", "-") for name in sorted(changed))
-        raise UserError(f"{names}: a saved run keeps its own options (--resume lets --total-episodes grow)")
+def open_run(args: Args) -> tuple[Path, dict]:
+    """Return the run folder and, to resume or evaluate, its checkpoint.
 
-
-def open_run(args: Args) -> tuple[Path, dict | None]:
-    """The folder of the run and, if it is to go on, its checkpoint."""
-    if args.resume:
-        check_unchanged(args, args.resume)
-        checkpoint = load_checkpoint(args.resume)
-        if checkpoint["iteration"] == args.num_iterations:
-            print(f"{args.resume} is complete: nothing is left to train, so it is evaluated", file=sys.stderr)
-        return Path(args.resume), checkpoint
-    run_dir = Path(args.run_dir or new_run_dir(args))
-    if RANK > 0:
-        return run_dir, None
-    if (run_dir / "checkpoint.pt").exists():
-        raise UserError(f"{run_dir} holds a run already: --resume {run_dir}, or give another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return run_dir, None
+    Raises UserError for options that would change the result of a saved run, or if the folder is in use.
+    """
+    run_dir = Path(args.resume or args.evaluate or args.run_dir or new_run_dir(args))
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(run_dir)
+        saved = checkpoint["args"]
+        free = FREE | ({"cuda", "bf16"} if args.evaluate else set())
+        changed = [name for name in saved.keys() - free if getattr(args, name) != saved[name]]
+        require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
+        require(args.total_episodes >= saved["total_episodes"], "--total-episodes can only be increased")
+        return run_dir, checkpoint
+    if RANK == 0:
+        require(not (run_dir / "checkpoint.pt").exists(), f"{run_dir} contains a run: use --resume {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir, {"stage": 0, "iteration": 0, "step": 0, "history": [], "models": None, "optimizer": None}
 
 
 def new_run_dir(args: Args) -> str:
@@ -1492,46 +1451,29 @@ def new_run_dir(args: Args) -> str:
     return f"runs/gpt__{SCRIPT}__{args.seed}__{time.time_ns()}"
 
 
-def open_writer(args: Args, run_dir: Path, resumed_at: int | None) -> SummaryWriter:
-    """TensorBoard events in run_dir. purge_step drops what a killed run wrote after its last checkpoint."""
-    if RANK > 0:
-        return SilentWriter(run_dir)
+def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
+    """Open TensorBoard events in run_dir, without those that a killed run wrote after its last checkpoint."""
+    options = {name: value for name, value in vars(args).items() if value is not None}
     if args.track:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--track needs Weights & Biases: pip install wandb") from error
+        import wandb
+
         id_file = run_dir / "wandb_id"  # a resumed run goes on under the same id
         if not id_file.exists():
             id_file.write_text(os.urandom(8).hex())
-        names = dict(id=id_file.read_text(), name=str(run_dir), dir=run_dir)
-        wandb.init(**names, resume="allow", config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=0 if resumed_at is None else resumed_at + 1)
-    if resumed_at is None:
-        options = {name: value for name, value in vars(args).items() if value is not None}
-        table = "\n".join(f"|{name}|{value}|" for name, value in options.items())
-        writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + table)
-        for summary in hparams(options, {"eval/win_rate": 0}):
-            writer.file_writer.add_summary(summary)
-        writer.flush()
+        wandb.init(id=id_file.read_text(), dir=run_dir, resume="allow", config=options, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else 0)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in options.items())
+    writer.add_text("hyperparameters", "|option|value|\n|-|-|\n" + rows)
+    for summary in torch.utils.tensorboard.summary.hparams(options, {"eval/win_rate": 0}):
+        writer.file_writer.add_summary(summary)
     return writer
-
-
-class SilentWriter:
-    """Stands for a SummaryWriter in all processes but the first, which tells for all."""
-
-    def __init__(self, log_dir: Path) -> None:
-        self.log_dir = log_dir
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *inputs, **options: None
 
 
 def save_checkpoint(run_dir: Path, args: Args, models, optimizer, history, stage, iteration, step) -> None:
     """Write run_dir/checkpoint.pt atomically: write a temporary file, then rename it."""
     if RANK > 0:  # all processes have the same to save
         return
-    options = vars(args) | {"resume": None, "evaluate": None, "checkpoint_every": args.checkpoint_interval}
+    options = vars(args) | {"resume": None, "evaluate": None}
     checkpoint = {"script": SCRIPT, "format": FORMAT, "args": options, "stage": stage, "iteration": iteration}
     checkpoint |= {"models": models.state_dict(), "step": step, "history": history}
     checkpoint["optimizer"] = optimizer and optimizer.state_dict()
@@ -1567,15 +1509,6 @@ def load_checkpoint(run_dir: str | Path) -> dict:
     return checkpoint
 
 
-def load_args(run_dir: str | Path) -> Args:
-    """The arguments of a saved run. To resume it: train(dataclasses.replace(load_args(run), resume=run))."""
-    options = load_checkpoint(run_dir)["args"]
-    try:
-        return Args(**options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{run_dir} has options that this {SCRIPT}.py does not take: {error}") from error
-
-
 def parse_args() -> Args:
     """Parse the command line; with --resume or --evaluate, the options of the saved run are the defaults."""
     args = tyro.cli(Args)
@@ -1586,33 +1519,20 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    """Run the command line. Mistakes of the user are told in one line, with exit code 2."""
+    """Run the command line. Report user errors without a traceback, with exit code 2."""
     try:
         args = parse_args()
-        if args.evaluate and WORLD_SIZE > 1:
-            raise UserError("--evaluate needs no more than one process: start it without torchrun")
         if args.evaluate:
-            check_unchanged(args, args.evaluate)
-            models, checkpoint = Models(args).to(set_up_torch(args)), load_checkpoint(args.evaluate)
-            if checkpoint["stage"] < 2:
-                raise UserError(f"stage 3 has not begun; --resume {args.evaluate} goes on with the run")
-            models.load_state_dict(checkpoint["models"])
-            if args.generate:
-                prompt = args.generate + ("" if args.own_data else "\n")  # as built-in prompts end
-                encode(models, [(prompt, "")])  # refuses what is too long
-                for name, model in (("before", models.reference), ("after", models.actor)):
-                    ids, _, mask, _ = generate(models, model, [prompt])
-                    print(f"{name}: {decode(models, ids, mask)[0]!r}")
-            else:
-                evaluate(models, load_data(models))
+            answer(args)
         else:
             train(args)
         if dist.is_initialized():
             dist.destroy_process_group()
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, ImportError, OSError) as error:
+        hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
+        tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {args.resume or args.run_dir} continues from the last checkpoint")

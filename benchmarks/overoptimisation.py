@@ -93,7 +93,8 @@ def learn_rewards(seed: int) -> dict[str, list]:
 
 def load_run(folder, **options) -> tuple[rlhf.Args, rlhf.Models, dict]:
     """Return arguments (with some options replaced), models and checkpoint of a run."""
-    args, checkpoint = replace(rlhf.load_args(folder), **options), rlhf.load_checkpoint(folder)
+    checkpoint = rlhf.load_checkpoint(folder)
+    args = rlhf.Args(**checkpoint["args"] | options)
     models = rlhf.Models(args)
     models.load_state_dict(checkpoint["models"])
     return args, models, checkpoint
@@ -108,7 +109,7 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
         models.kl_coef.fill_(args.kl_coef)
         folder.mkdir(exist_ok=True)
         rlhf.save_checkpoint(folder, args, models, None, [], 2, 0, checkpoint["step"])
-    history = rlhf.train(replace(rlhf.load_args(folder), resume=str(folder)))
+    history = rlhf.train(replace(rlhf.Args(**rlhf.load_checkpoint(folder)["args"]), resume=str(folder)))
     curve = []
     for k, metrics in enumerate(history):
         numbers = [f"{metrics[f'rlhf/{name}']:.4g}" for name in ("kl", "score", "gold")]

@@ -3,9 +3,11 @@
 import copy
 import itertools
 import json
+import math
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from suite import curve, resumed
@@ -125,6 +127,19 @@ class TestEachKindOfModel:
 
 
 class TestTokenizers:
+    def test_every_end_token_of_the_generation_config_ends_an_answer(self, transformers, tmp_path):
+        path = save_model(tmp_path / "model", transformers, "Llama")
+        config = transformers.GenerationConfig.from_pretrained(path)
+        config.eos_token_id = [config.eos_token_id, 17]
+        config.save_pretrained(path)
+        models = rlhf.Models(tiny(model=path))
+        models.actor.lm_head.weight.data.zero_()  # every token is equally likely
+        ids, _, mask, _ = rlhf.generate(models, models.actor, ["a"] * 400)
+        answers, finished = ids[:, -mask.shape[1] :], rlhf.finished_answers(models, ids, mask)
+        ended = (answers == 17) & mask
+        assert ended.any() and finished[ended.any(1)].all()
+        assert (ended.nonzero()[:, 1] == mask.sum(1)[ended.any(1)] - 1).all()  # nothing follows it
+
     def test_padding_is_never_the_end_and_embeddings_grow_only_if_they_must(self, transformers, tmp_path):
         grown = rlhf.Models(tiny(model=save_model(tmp_path / "a", transformers, "GPT2")))
         assert grown.tokenizer.pad_token_id != grown.tokenizer.eos_token_id
@@ -180,6 +195,37 @@ class TestScores:
         for score, (prompt, answer) in zip(scores, texts, strict=True):  # one at a time, so without padding
             alone = classifier(torch.tensor([tokenizer.encode(prompt + answer)])).logits[0, 0]
             torch.testing.assert_close(score, alone, atol=1e-4, rtol=1e-4)
+
+    def test_scores_that_are_all_the_same_are_not_divided(self, monkeypatch, capsys):
+        """A 0/1 reward that no answer of the SFT model earns: the first success must be worth 1, not 1e8."""
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        models = rlhf.Models(tiny(reward_function="taste:shout"))
+        models.score_function = lambda prompts, answers: [0.0] * len(answers)
+        rlhf.normalize_scores(models, None, [prompt for prompt, _, _ in PAIRS])
+        assert "all scores of the SFT model are 0" in capsys.readouterr().out
+        models.score_function = lambda prompts, answers: [1.0] * len(answers)
+        ids, attention, mask, _ = rlhf.generate(models, models.reference, ["a", "b"])
+        assert rlhf.at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask).tolist() == [1.0, 1.0]
+
+    @pytest.mark.parametrize(
+        "scores",
+        [[1.0], [[1.0], [2.0]], [None, 1.0], None, [math.nan, 1.0], [math.inf, 1.0], torch.ones(2, 1)],
+    )
+    def test_scores_that_are_not_one_finite_number_each_are_refused(self, monkeypatch, scores):
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        models = rlhf.Models(tiny(reward_function="taste:shout"))
+        models.score_function = lambda prompts, answers: scores
+        ids, attention, mask, _ = rlhf.generate(models, models.reference, ["a", "b"])
+        with pytest.raises(rlhf.UserError, match="must return 2 finite numbers, not"):
+            models.prefix_scores(ids, attention, mask.shape[1])
+
+    @pytest.mark.parametrize("scores", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1, 2])], ids=str)
+    def test_any_sequence_of_numbers_is_accepted(self, monkeypatch, scores):
+        monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
+        models = rlhf.Models(tiny(reward_function="taste:shout"))
+        models.score_function = lambda prompts, answers: scores
+        ids, attention, mask, _ = rlhf.generate(models, models.reference, ["a", "b"])
+        assert rlhf.at_end(models.prefix_scores(ids, attention, mask.shape[1]), mask).tolist() == [1.0, 2.0]
 
     def test_the_critic_then_starts_from_the_sft_model(self, run_dir, monkeypatch):
         monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
@@ -369,10 +415,10 @@ def test_the_table_of_answers_speaks_of_gold_only_where_a_labeller_gives_it(run_
         ("--model nowhere/at-all", "--model nowhere/at-all: "),
         ("--reward-function nothing:at_all", "--reward-function nothing:at_all: No module named"),
         ("--reward-function math:none", "--reward-function math:none: "),
-        ("--reward-function math:sqrt --reward-model x", "both give scores"),
-        ("--reward-function math:sqrt --dense-reward", "--dense-reward needs stage 2"),
-        ("--reward-function math:sqrt --preference-data x", "--preference-data is for stage 2"),
-        ("--skip-sft --model x --sft-data y", "--sft-data is for stage 1"),
+        ("--reward-function math:sqrt --reward-model x", "exclude each other"),
+        ("--reward-function math:sqrt --dense-reward", "--dense-reward needs the reward model of stage 2"),
+        ("--reward-function math:sqrt --preference-data x", "--preference-data needs stage 2"),
+        ("--skip-sft --model x --sft-data y", "--skip-sft leaves out stage 1"),
         ("--skip-sft", "--skip-sft needs --model"),
         ("--ptx-data x", "--ptx-data needs --ptx-coef"),
         ("--sft-data nowhere.jsonl", "nowhere.jsonl"),
