@@ -53,7 +53,7 @@ class Args:
     """Gymnasium id; `module:Name-v0` imports the module first"""
     total_timesteps: int = 120_000
     """environment steps of the run over all environments, rounded down to whole rollouts"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """step size of Adam (alpha), the highest one if it follows the KL"""
     lr_kl_target: float | None = 0.04
     """KL of a minibatch, in nats, that the learning rate follows (None: it does not)"""
@@ -69,7 +69,7 @@ class Args:
     """bias-variance trade-off of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
     num_minibatches: int = 8
     """minibatches per epoch; N * T rows are divided among them"""
-    update_epochs: int = 8
+    update_epochs: int = 10
     """passes over each rollout (K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""

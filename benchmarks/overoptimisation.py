@@ -71,7 +71,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
         return {}
     found = {}
     writer = SimpleNamespace(log_dir=RUNS, add_scalar=lambda tag, value, step: found.update({tag: value}))
-    args = rlhf.Args(seed=seed, total_episodes=ANSWERS, eval_prompts=SAID)
+    args = rlhf.Args(seed=seed, total_episodes=ANSWERS, eval_prompts=SAID, checkpoint_every=10)
     torch.manual_seed(rlhf.derive_seed(seed))
     models = rlhf.Models(args)
     data = rlhf.load_data(models)
