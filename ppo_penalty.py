@@ -54,15 +54,15 @@ class Args:
     total_timesteps: int = 120_000
     """environment steps of the run over all environments, rounded down to whole rollouts"""
     learning_rate: float = 1e-3
-    """step size of Adam (alpha), the highest one if it follows the KL"""
+    """step size of Adam (alpha); with lr_kl_target, its upper limit"""
     lr_kl_target: float | None = 0.04
-    """KL of a minibatch, in nats, that the learning rate follows (None: it does not)"""
+    """KL of a minibatch, in nats, to which the learning rate is adapted (None or 0: not adapted)"""
     num_envs: int = 8
     """number of parallel environments (N), summed over all processes"""
     num_steps: int = 256
     """steps of each environment per rollout (T)"""
     anneal_lr: bool = True
-    """decrease the learning rate linearly to zero over the run, or lr_kl_target over its last quarter"""
+    """decrease the learning rate linearly to zero (with lr_kl_target: this target, in the last quarter)"""
     gamma: float = 0.99
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
@@ -251,8 +251,8 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def follow_kl(learning_rate: Tensor, kl: Tensor, kl_target: float, max_lr: float) -> Tensor:
     """Divide the learning rate by 1.5 if kl > 2 * kl_target, multiply it by 1.5 if kl < kl_target / 2.
 
-    The result lies in [1e-5, max_lr]; an infinite kl_target gives max_lr. KL in nats. In the paper (Table 4)
-    the step size also follows the KL; this rule is from RSL-RL.
+    The result lies in [1e-5, max_lr]; an infinite kl_target lets it rise to max_lr. KL in nats. In Table 4 of
+    the paper the step size also follows the KL; this rule is from RSL-RL.
     """
     change = (kl < kl_target / 2).float() - (kl > 2 * kl_target).float()  # 1, 0 or -1
     return (learning_rate * 1.5**change).clamp(1e-5, max_lr)

@@ -70,7 +70,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
     if all((RUNS / f"reward-{seed}-{pairs}" / "checkpoint.pt").exists() for pairs in PAIRS):
         return {}
     found = {}
-    writer = SimpleNamespace(log_dir=RUNS, add_scalar=lambda tag, value, step: found.update({tag: value}))
+    writer = SimpleNamespace(add_scalar=lambda tag, value, step: found.update({tag: value}))
     args = rlhf.Args(seed=seed, total_episodes=ANSWERS, eval_prompts=SAID, checkpoint_every=10)
     torch.manual_seed(rlhf.derive_seed(seed))
     models = rlhf.Models(args)

@@ -93,10 +93,10 @@ def draw_controller(rows: list[dict[str, str]]) -> None:
 
 def compare(adaptive: list[dict[str, str]], clip: list[dict[str, str]]) -> None:
     """Print a table of tasks and variants: evaluations of all seeds, and the median."""
-    evaluations, tasks = defaultdict(lambda: defaultdict(list)), {row["task"] for row in adaptive}
-    rows = adaptive + [row for row in clip if row["task"] in tasks]
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        if row["what"] == "eval/episodic_return":
+    runs = {(row["task"], row["steps"]) for row in adaptive}
+    evaluations = defaultdict(lambda: defaultdict(list))
+    for row in sorted(adaptive + clip, key=lambda row: int(row["seed"])):
+        if row["what"] == "eval/episodic_return" and (row["task"], row["steps"]) in runs:  # of equal length
             evaluations[row["task"]][row["variant"]].append(float(row["value"]))
     variants = ("clip", "adaptive")
     print("| task | " + " | ".join(variants) + " |\n|-|" + "-|" * len(variants))

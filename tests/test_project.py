@@ -29,6 +29,7 @@ DIFFERENT: dict[str, str] = {
     "evaluate": "discrete actions can be masked; answers are compared, not played",
     "load_agent": "the arguments of Agent",
     "set_up_torch": "the matrices of a language model are worth more than one thread",
+    "check_finite": "RLHF has no environments and no --init-from",
     "open_run": "RLHF runs in three stages",
     "new_run_dir": "RLHF has no environment to name a run after",
     "open_writer": "the metric that sums up a run",
@@ -36,7 +37,7 @@ DIFFERENT: dict[str, str] = {
     "main": "what a saved run can do",
 }
 # Maximum lines of code of each script, without blank lines, comments and docstrings.
-BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1070}
+BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1062}
 # Utilities. The algorithm is the rest: options, mathematics, model, environments, train().
 PLUMBING = {
     *("UserError", "require", "make_agent", "evaluate", "set_up_torch", "compiled", "check_finite", "main"),

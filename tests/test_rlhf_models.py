@@ -216,7 +216,7 @@ class TestScores:
         models = rlhf.Models(tiny(reward_function="taste:shout"))
         models.score_function = lambda prompts, answers: scores
         ids, attention, mask, _ = rlhf.generate(models, models.reference, ["a", "b"])
-        with pytest.raises(rlhf.UserError, match="must return 2 finite numbers, not"):
+        with pytest.raises(rlhf.UserError, match="must be 2 finite numbers, not"):
             models.prefix_scores(ids, attention, mask.shape[1])
 
     @pytest.mark.parametrize("scores", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1, 2])], ids=str)
