@@ -96,7 +96,7 @@ def gradients_of_rlhf(device: str) -> dict[str, torch.Tensor]:
     attention, mask = torch.ones_like(ids), torch.ones(16, 32, dtype=torch.bool)
     batch = (ids, attention, mask, torch.randn(16, 32, 96), noise - 5, noise, noise, noise)
     models.to(device).bf16 = False
-    rlhf.add_gradients(models, [x.to(device) for x in batch], 0.1)
+    rlhf.add_gradients(models, rlhf.Batch(*(x.to(device) for x in batch)), 0.1)
     return {name: x.grad.cpu() for name, x in models.named_parameters() if x.grad is not None}
 
 
@@ -127,18 +127,18 @@ def rlhf(size: str, device: str, _: str) -> list[float]:
     def timed(*inputs):
         started = time.perf_counter()
         result = generate(*inputs)
-        result[0].sum().item()  # waits for the GPU
+        result[1].sum().item()  # waits for the GPU
         sampled.append(time.perf_counter() - started)
         return result
 
     ppo.ByteTokenizer.eos_token_id = -1  # no response ends early
     ppo.load_language_model = lambda *_: (model, ppo.ByteTokenizer())
     ppo.load_score_function = lambda _: lambda prompts, answers: [0.0] * len(prompts)
-    ppo.decode = lambda models, ids, mask: [""] * len(ids)
-    ppo.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
-    ppo.built_in_data = lambda _: ppo.Data([], ["x" * PROMPT] * ANSWERS, [], [], lambda *_: 0.0)
+    ppo.decode = lambda models, answers: [""] * len(answers.ids)
+    prompts = [ppo.Prompt("x" * PROMPT, [120] * PROMPT, {})] * ANSWERS
+    ppo.built_in_data = lambda _: ppo.Data([], prompts, [], [], lambda *_: 0.0)
     ppo.fine_tune = ppo.learn_reward = lambda *_: 0
-    ppo.evaluate, ppo.save_policy = lambda *_: ({}, []), lambda *_: None
+    ppo.evaluate = ppo.save_policy = lambda *_: {}
     ppo.generate = timed
     with tempfile.TemporaryDirectory() as folder:
         work = dict(model=size, batch_size=ANSWERS, answer_length=ANSWER, context=PROMPT + ANSWER)

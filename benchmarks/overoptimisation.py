@@ -41,8 +41,8 @@ NUMBERS = [2**k for k in range(9)]  # n
 SAID = 10  # number of example responses
 PENALTIES = {
     # smaller than the default 2e-4, which without a penalty exceeds 10 nats in five iterations
-    f"beta {beta:g}": dict(kl_coef=beta, kl_target=None, learning_rate=1e-4, anneal_lr=False)
-    for beta in (0.0, 0.01, 0.03, 0.1)
+    f"beta {beta:g}": dict(kl_coef=max(beta, 1e-9), kl_target=None, learning_rate=1e-4, anneal_lr=False)
+    for beta in (0.0, 0.01, 0.03, 0.1)  # 1e-9: with 0 the KL is not computed
 }
 NO_PENALTY, BEST = "beta 0", "best of n"
 SLOW = {"beta 0, a quarter of the step size": PENALTIES[NO_PENALTY] | {"learning_rate": 2.5e-5}}
@@ -76,7 +76,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
     models = rlhf.Models(args)
     data = rlhf.load_data(models)
     torch.manual_seed(rlhf.derive_seed(seed, 1))
-    step = rlhf.fine_tune(models, data, writer)
+    step = rlhf.fine_tune(models, data, writer, 0)
     sft = copy.deepcopy(models.state_dict())
     for pairs in PAIRS:
         folder = RUNS / f"reward-{seed}-{pairs}"
@@ -87,7 +87,7 @@ def learn_rewards(seed: int) -> dict[str, list]:
         torch.manual_seed(rlhf.derive_seed(seed, 2))
         end = rlhf.learn_reward(models, data, writer, step)
         (folder / "agreement").write_text(f"{found['reward_model/accuracy']:.4f}")
-        rlhf.save_checkpoint(folder, models.args, models, None, [], stage=2, iteration=0, step=end)
+        save(folder, models.args, models, end)
     return {}
 
 
@@ -96,8 +96,14 @@ def load_run(folder, **options) -> tuple[rlhf.Args, rlhf.Models, dict]:
     checkpoint = rlhf.load_checkpoint(folder)
     args = rlhf.Args(**checkpoint["args"] | options)
     models = rlhf.Models(args)
-    models.load_state_dict(checkpoint["models"])
+    models.load_state_dict(checkpoint["models"] | rlhf.load_checkpoint(folder / "frozen")["models"])
     return args, models, checkpoint
+
+
+def save(folder, args, models, step) -> None:
+    """Write a checkpoint at the beginning of stage 3."""
+    writer = SimpleNamespace(flush=lambda: None)
+    rlhf.save_checkpoint(folder, args, models, writer, [], None, None, 2, 0, step)
 
 
 def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
@@ -108,7 +114,7 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
         args, models, checkpoint = load_run(RUNS / f"reward-{seed}-{pairs}", **options)
         models.kl_coef.fill_(args.kl_coef)
         folder.mkdir(exist_ok=True)
-        rlhf.save_checkpoint(folder, args, models, None, [], 2, 0, checkpoint["step"])
+        save(folder, args, models, checkpoint["step"])
     history = rlhf.train(replace(rlhf.Args(**rlhf.load_checkpoint(folder)["args"]), resume=str(folder)))
     curve = []
     for k, metrics in enumerate(history):
@@ -117,8 +123,20 @@ def optimise(variant: str, seed: int, pairs: int) -> dict[str, list]:
     if (variant, seed) != (NO_PENALTY, SEEDS[0]):  # example responses of one run are enough
         return {"curves": curve}
     _, models, _ = load_run(folder)
-    _, rows = rlhf.evaluate(models, rlhf.load_data(models))
-    says = [[pairs, *row[:3], *(f"{x:.2f}" for x in row[3:])] for row in rows[:SAID]]
+    data = rlhf.load_data(models)
+    prompts, columns = data.held_out_prompts[:SAID], []
+    torch.manual_seed(rlhf.derive_seed(seed, 5))
+    for model in (models.reference, models.actor):
+        answers, _ = rlhf.generate(models, model, prompts)
+        texts, scores = rlhf.decode(models, answers), rlhf.score(models, prompts, answers)
+        gold = [data.labeller(prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
+        columns.append((texts, rlhf.at_end(scores, answers.mask).tolist(), gold))
+    says = []
+    for i, prompt in enumerate(prompts):
+        texts = [column[0][i] for column in columns]
+        says.append(
+            [pairs, prompt.text, *texts, *(f"{column[k][i]:.2f}" for k in (1, 2) for column in columns)]
+        )
     return {"says": says, "curves": curve}
 
 
@@ -137,12 +155,13 @@ def best_of_n(seed: int) -> dict[str, list]:
             prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (SFT_ANSWERS,)).tolist()]
             prompts += [prompt for prompt in data.held_out_prompts[:PROMPTS] for _ in range(SAMPLES)]
             for asked in rlhf.chunks(prompts, 128):
-                ids, attention, mask, _ = rlhf.generate(models, models.reference, asked)
-                answers.append((ids, attention, mask))
-                gold += map(data.labeller, asked, rlhf.decode(models, ids, mask))
+                said, _ = rlhf.generate(models, models.reference, asked)
+                answers.append((asked, said))
+                texts = rlhf.decode(models, said)
+                gold += [data.labeller(x.text, text) for x, text in zip(asked, texts, strict=True)]
             gold = np.array(gold)
         with torch.no_grad():
-            scores = [rlhf.at_end(models.prefix_scores(i, a, m.shape[1]), m) for i, a, m in answers]
+            scores = [rlhf.at_end(rlhf.score(models, *part), part[1].mask) for part in answers]
         sft, many = np.split(np.stack((torch.cat(scores).numpy(), gold)), [SFT_ANSWERS], axis=1)
         numbers = (*sft.mean(1), sft[1].std())
         agreement = (folder / "agreement").read_text()

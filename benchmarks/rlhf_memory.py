@@ -36,12 +36,12 @@ def measure(rlhf: ModuleType, models: torch.nn.Module, answers: int, chunk: int)
     """Return a row of the table for a number of responses and of logits per chunk."""
     rlhf.LOGITS_AT_ONCE = chunk
     ids = torch.randint(256, (answers, 16 + LENGTH))
-    attention, mask = torch.ones_like(ids), torch.ones(answers, LENGTH, dtype=torch.bool)
+    responses = rlhf.Answers(ids, torch.ones_like(ids), torch.ones(answers, LENGTH, dtype=torch.bool))
     noise, states = torch.randn(answers, LENGTH), torch.randn(answers, LENGTH, WIDTH)
-    batch = (ids, attention, mask, states, noise, noise, noise, noise)
-    texts = [([1] * 16, [2] * LENGTH)] * answers
+    batch = rlhf.Batch(*responses, states, noise, noise, noise, noise)
+    texts = [(rlhf.Prompt("", [1] * 16, {}), [2] * LENGTH)] * answers
     row = {"tokens": answers * LENGTH, "chunk_mib": chunk * 4 // 2**20 if chunk < 2**34 else ""}
-    row["assess_mib"] = peak(lambda: rlhf.assess(models, *batch[:3]))
+    row["assess_mib"] = peak(lambda: rlhf.assess(models, responses))
     row["update_mib"] = peak(lambda: rlhf.add_gradients(models, batch, 0.1))
     row["sft_mib"] = peak(lambda: rlhf.accumulate(models, rlhf.lm_loss, texts))
     print(row, flush=True)
@@ -54,7 +54,8 @@ def main() -> None:
     spec.loader.exec_module(rlhf)
     rlhf.ByteTokenizer.size = VOCABULARY
     models = rlhf.Models(rlhf.Args(width=WIDTH, num_minibatches=1, kl_in="loss"))
-    rlhf.flatten_parameters(torch.nn.ModuleList([models.actor, models.critic]))  # and their gradients
+    for parameter in (*models.actor.parameters(), *models.critic.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
     sizes = itertools.product((2, 8, 32), (2**22, 2**24, 2**34))
     table = [measure(rlhf, models, *size) for size in sizes if size != (32, 2**34)]  # would take 18 GB
     with open(RESULTS, "w", newline="") as file:

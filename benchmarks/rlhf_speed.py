@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import venv
-from pathlib import Path
 
 from common import ROOT, in_fresh_process, load, measured, peak_mebibytes
 
@@ -21,7 +20,7 @@ ITERATIONS, TURNS = 8, 5
 N, P, L, V, WIDTH, LAYERS, HEADS = 64, 16, 32, 258, 128, 4, 4
 
 
-def ours(bf16: bool) -> list[float]:
+def ours() -> list[float]:
     """Return the times at which iterations end."""
     rlhf = load("ppo_rlhf_llm")
     import torch
@@ -30,13 +29,13 @@ def ours(bf16: bool) -> list[float]:
     moments, explained_variance = [], rlhf.explained_variance  # called once, at the end of an iteration
     rlhf.explained_variance = lambda *x: moments.append(time.perf_counter()) or explained_variance(*x)
     rlhf.ByteTokenizer.eos_token_id = -1  # no response ends early
-    rlhf.encode = lambda models, texts: [(list(p.encode()), list(a.encode())) for p, a in texts]
     rlhf.fine_tune = rlhf.learn_reward = lambda *_: 0
-    rlhf.evaluate = lambda *_: ({}, [])
-    rlhf.built_in_data = lambda args: rlhf.Data([], ["x" * P] * N, [], [], lambda prompt, answer: 0.0)
+    rlhf.evaluate = lambda *_: {}
+    prompts = [rlhf.Prompt("x" * P, [120] * P, {})] * N
+    rlhf.built_in_data = lambda models: rlhf.Data([], prompts, [], [], lambda prompt, answer: 0.0)
     with tempfile.TemporaryDirectory() as folder:
         shape = dict(layers=LAYERS, heads=HEADS, width=WIDTH, batch_size=N, answer_length=L)
-        work = dict(num_minibatches=1, update_epochs=4, total_episodes=N * ITERATIONS, bf16=bf16)
+        work = dict(num_minibatches=1, update_epochs=4, total_episodes=N * ITERATIONS)
         work |= dict(checkpoint_every=ITERATIONS)  # TRL saves no checkpoints here, either
         rlhf.train(rlhf.Args(**shape, **work, run_dir=f"{folder}/run"))
     return moments
@@ -78,7 +77,7 @@ def trl() -> list[float]:
     return moments
 
 
-SIDES = {"ours": lambda: ours(bf16=False), "ours --bf16": lambda: ours(bf16=True), "trl": trl}
+SIDES = {"ours": ours, "trl": trl}
 
 
 def measure(_: int, side: str) -> tuple[float, int]:
@@ -98,11 +97,7 @@ def main() -> None:
         venv.create(TRL, with_pip=True)
         pip = [TRL / "bin" / "python", "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"]
         subprocess.run(pip, check=True)
-    processor, sides = Path("/proc/cpuinfo"), list(SIDES)
-    if not (processor.exists() and "bf16" in processor.read_text()):
-        print("this processor has no bfloat16 arithmetic: --bf16 is not measured")
-        sides.remove("ours --bf16")
-    turns = [(k + 1, side) for k in range(TURNS) for side in sides]
+    turns = [(k + 1, side) for k in range(TURNS) for side in SIDES]
     measured("rlhf_speed", ["turn", "side", "seconds_per_iteration", "peak_mebibytes"], turns, measure)
 
 

@@ -116,7 +116,7 @@ def test_a_reward_model_does_not_know_of_the_one_before_it(small_study, monkeypa
         monkeypatch.setattr(small_study, "PAIRS", pairs)
         monkeypatch.setattr(small_study, "RUNS", tmp_path / str(len(pairs)))
         small_study.learn_rewards(1)
-        models = small_study.rlhf.load_checkpoint(small_study.RUNS / "reward-1-40")["models"]
+        models = small_study.rlhf.load_checkpoint(small_study.RUNS / "reward-1-40" / "frozen")["models"]
         return torch.cat([x.flatten() for name, x in models.items() if name.startswith("reward")])
 
     assert torch.equal(learned(40), learned(20, 40))

@@ -23,13 +23,11 @@ DIFFERENT: dict[str, str] = {
     "make_envs": "Atari games and images are for discrete actions",
     "CheckedEnv": "discrete actions can be masked",
     "minibatch_gradient": "the loss of the variant",
-    "flatten_parameters": "gradients of micro-batches are accumulated in place",
     "train": "the variant itself",
     "make_agent": "the action spaces that the script is for",
     "evaluate": "discrete actions can be masked; answers are compared, not played",
     "load_agent": "the arguments of Agent",
     "set_up_torch": "the matrices of a language model are worth more than one thread",
-    "check_finite": "RLHF has no environments and no --init-from",
     "open_run": "RLHF runs in three stages",
     "new_run_dir": "RLHF has no environment to name a run after",
     "open_writer": "the metric that sums up a run",
@@ -37,7 +35,7 @@ DIFFERENT: dict[str, str] = {
     "main": "what a saved run can do",
 }
 # Maximum lines of code of each script, without blank lines, comments and docstrings.
-BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1062}
+BUDGETS = {"ppo_continuous": 500, "ppo_penalty": 550, "ppo_discrete": 600, "ppo_rlhf_llm": 1050}
 # Utilities. The algorithm is the rest: options, mathematics, model, environments, train().
 PLUMBING = {
     *("UserError", "require", "make_agent", "evaluate", "set_up_torch", "compiled", "check_finite", "main"),
@@ -220,7 +218,9 @@ def readme_blocks(language):
 
 
 def test_the_python_lines_of_the_readme_run(tmp_path):
-    for _, block in readme_blocks("python"):
+    for mark, block in readme_blocks("python"):
+        if mark.startswith("by hand: "):
+            continue
         (script,), (run,) = (
             re.findall(r"from (ppo_\w+) import", block),
             set(re.findall(r'"(runs/\w+)"', block)),

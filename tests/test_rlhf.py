@@ -43,14 +43,23 @@ PROMPTS = [
 ]
 
 
-def answer_logits(models, ids, attention, length):
-    """Return the actor's logits for each of the last `length` tokens, (B, length, V)."""
-    return models.actor.lm_head(models.states_before(models.actor, ids, attention, length))
+def answer_logits(models, answers):
+    """Return the actor's logits for each token of the answers, (B, L, V)."""
+    return models.actor.lm_head(rlhf.states_before(models, models.actor, answers))
+
+
+def encoded(models, texts):
+    """Return prompts and answers as rows of the data."""
+    return [rlhf.encode(models, prompt, [answer]) for prompt, answer in texts]
+
+
+def prompts_of(models, texts):
+    return [rlhf.encode(models, text)[0] for text in texts]
 
 
 def rows(models, texts):
-    """Return texts of different length as a padded batch: ids, attention, mask."""
-    return rlhf.join(models, *zip(*rlhf.encode(models, texts), strict=True))
+    """Return texts of different length as a padded batch."""
+    return rlhf.join(models, *zip(*encoded(models, texts), strict=True))
 
 
 TEXTS = list(zip(PROMPTS, ["Sorry!", "We repair the lamp.", "", "Read the manual."], strict=True))
@@ -128,30 +137,38 @@ class TestMaths:
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
             torch.testing.assert_close(-gradient, expected)
 
-    def test_the_interval_of_a_win_rate_by_hand(self):
-        assert rlhf.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-        assert rlhf.wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
 
 class TestModels:
     def test_no_logits_depend_on_the_future(self):
         models = make_models()
-        ids, attention, mask = rows(models, TEXTS)
-        changed = ids.clone()
+        answers = rows(models, TEXTS)
+        changed = answers.ids.clone()
         changed[:, -2] = 65  # the second-to-last logits predict this token
-        before, after = (answer_logits(models, x, attention, mask.shape[1]) for x in (ids, changed))
+        before, after = (answer_logits(models, x) for x in (answers, answers._replace(ids=changed)))
         torch.testing.assert_close(before[:, :-1], after[:, :-1])
         # the last logits depend on it; checked in the longest text
         assert (before[3, -1] - after[3, -1]).abs().max() > 0.1
 
     def test_padding_and_neighbours_change_nothing(self):
         models = make_models()
-        ids, attention, mask = rows(models, TEXTS)
-        together = rlhf.assess(models, ids, attention, mask)
+        answers = rows(models, TEXTS)
+        together = rlhf.assess(models, answers)
+        scores = rlhf.at_end(rlhf.score(models, prompts_of(models, PROMPTS), answers), answers.mask)
         for i, text in enumerate(TEXTS):
             alone = rows(models, [text])
-            for x, y in zip(together, rlhf.assess(models, *alone), strict=True):
+            for x, y in zip(together, rlhf.assess(models, alone), strict=True):
                 torch.testing.assert_close(x[i, : y.shape[1]], y[0], atol=1e-4, rtol=1e-4)
+            whole = rlhf.score(models, prompts_of(models, [text[0]]), alone)[0, -1]  # at the last real token
+            torch.testing.assert_close(scores[i], whole, atol=1e-4, rtol=1e-4)
+
+    def test_without_the_reference_its_kl_is_zero_and_nothing_else_changes(self):
+        models = make_models()
+        models.reference.lm_head.weight.data *= 2
+        answers = rows(models, TEXTS)
+        full, short = rlhf.assess(models, answers), rlhf.assess(models, answers, use_reference=False)
+        assert full.kl[answers.mask].min() > 0 and not short.kl.any() and not short.ref_states.numel()
+        for name in ("values", "logprobs"):
+            torch.testing.assert_close(getattr(full, name), getattr(short, name))
 
     def test_with_a_cache_the_logits_are_those_without(self):
         models = make_models()
@@ -179,41 +196,54 @@ class TestModels:
         models = make_models()
         # raise the probability of the end token, so that some responses finish
         models.actor.lm_head.weight.data[256] += models.actor.base_model.norm.bias.data
-        ids, attention, mask, _ = rlhf.generate(models, models.actor, PROMPTS * 20)
-        answers, finished = ids[:, -mask.shape[1] :], rlhf.finished_answers(models, ids, mask)
+        answers, _ = rlhf.generate(models, models.actor, prompts_of(models, PROMPTS * 20))
+        mask, finished = answers.mask, rlhf.finished_answers(models, answers)
         assert 0 < finished.sum() < len(finished)
-        for answer, kept, done in zip(answers.tolist(), mask.tolist(), finished.tolist(), strict=True):
-            length = answer.index(256) + 1 if done else len(answer)
-            assert kept == [t < length for t in range(len(answer))]
-            assert set(answer[length:]) <= {257}
-        torch.testing.assert_close(attention[:, -mask.shape[1] :].bool(), mask)
+        for row, kept, done in zip(answers.tokens.tolist(), mask.tolist(), finished.tolist(), strict=True):
+            length = row.index(256) + 1 if done else len(row)
+            assert kept == [t < length for t in range(len(row))]
+            assert set(row[length:]) <= {257}
+        torch.testing.assert_close(answers.attention[:, -mask.shape[1] :].bool(), mask)
 
-    def test_answers_are_drawn_from_the_softmax_of_the_logits(self):
-        models = make_models(answer_length=1)
-        ids, attention, _ = rows(models, [("a\n", "")])
-        expected = answer_logits(models, ids, attention, 1)[0, 0].softmax(-1)
-        drawn = rlhf.generate(models, models.actor, ["a\n"] * 20_000)[0][:, -1]
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_answers_are_drawn_from_the_softmax_of_the_logits(self, temperature):
+        models = make_models(answer_length=1, temperature=temperature)
+        expected = (answer_logits(models, rows(models, [("a\n", "")]))[0, 0] / temperature).softmax(-1)
+        answers, logprobs = rlhf.generate(models, models.actor, prompts_of(models, ["a\n"]) * 20_000)
+        drawn = answers.tokens[:, -1]
         frequencies = torch.bincount(drawn, minlength=258) / len(drawn)
         deviation = (expected * (1 - expected) / len(drawn)).sqrt()
         assert ((frequencies - expected).abs() < 5 * deviation + 1e-4).all()
         assert ((frequencies - expected) / deviation).square().mean() < 1.5  # its expected value is 1
+        torch.testing.assert_close(logprobs[:, 0], expected[drawn].log(), atol=1e-4, rtol=1e-4)
+
+    def test_a_temperature_changes_sampling_and_learning_alike_but_not_stage_1(self):
+        models, warm = make_models(), make_models(temperature=2.0)
+        answers = rows(models, TEXTS)
+        expected = (answer_logits(models, answers) / 2).log_softmax(-1)
+        expected = expected.gather(-1, answers.tokens.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(rlhf.assess(warm, answers).logprobs, expected, atol=1e-5, rtol=1e-4)
+        rlhf.check_models(warm, prompts_of(warm, PROMPTS), fresh=True)  # sampled probabilities are the same
+        texts = encoded(models, TEXTS)
+        torch.testing.assert_close(rlhf.lm_loss(warm, texts), rlhf.lm_loss(models, texts))
 
     def test_text_in_any_language_survives(self):
         tokenizer = rlhf.ByteTokenizer()
         for text in ("我的灯坏了。", "naïve Größe", "🙂"):
             assert tokenizer.decode([*tokenizer.encode(text), 256, 257]) == text
         models = make_models()
-        ids, _, mask, _ = rlhf.generate(models, models.actor, ["我的灯坏了。\n"])
-        assert bytes(ids[0, : -mask.shape[1]].tolist()).decode() == "我的灯坏了。\n"
+        answers, _ = rlhf.generate(models, models.actor, prompts_of(models, ["我的灯坏了。\n"]))
+        assert bytes(answers.ids[0, : -answers.mask.shape[1]].tolist()).decode() == "我的灯坏了。\n"
 
 
 class TestSelfCheck:
     def test_passes_for_the_built_in_models(self):
-        rlhf.check_models(make_models(), PROMPTS, fresh=True)
+        models = make_models()
+        rlhf.check_models(models, prompts_of(models, PROMPTS), fresh=True)
 
     def refused(self, models, message, fresh=True):
         with pytest.raises(rlhf.UserError, match=message):
-            rlhf.check_models(models, PROMPTS, fresh)
+            rlhf.check_models(models, prompts_of(models, PROMPTS), fresh)
 
     def test_notices_positions_that_do_not_come_from_the_mask(self, monkeypatch):
         def trap(trunk, ids, attention, length):
@@ -221,7 +251,7 @@ class TestSelfCheck:
             return trunk(ids, attention, positions, keep=length).last_hidden_state
 
         monkeypatch.setattr(rlhf, "hidden_states", trap)
-        self.refused(make_models(), "sampled|padding")
+        self.refused(make_models(), "sampling|padding")
 
     def test_notices_attention_to_padding(self, monkeypatch):
         forward = rlhf.Transformer.forward
@@ -233,16 +263,16 @@ class TestSelfCheck:
         monkeypatch.setattr(rlhf.Transformer, "forward", trap)
         self.refused(make_models(), "padding")
 
-    def test_notices_a_temperature_in_the_sampling(self, monkeypatch):
-        forward = rlhf.GPT.forward
+    def test_notices_a_temperature_in_the_sampling_alone(self, monkeypatch):
+        call = rlhf.call
 
-        @functools.wraps(forward)
-        def trap(self, *inputs, **named):
-            output = forward(self, *inputs, **named)
-            output.logits = output.logits / 0.7
+        def trap(function, *inputs, **named):
+            output = call(function, *inputs, **named)
+            if named.get("use_cache"):
+                output.logits = output.logits / 0.7
             return output
 
-        monkeypatch.setattr(rlhf.GPT, "forward", trap)
+        monkeypatch.setattr(rlhf, "call", trap)
         self.refused(make_models(), "temperature")
 
     def test_notices_dropout(self):
@@ -255,21 +285,9 @@ class TestSelfCheck:
         models = make_models()
         models.actor.lm_head.weight.data *= 1.01
         self.refused(models, "reference")
-        rlhf.check_models(models, PROMPTS, fresh=False)  # they may differ in a resumed run
-
-    def test_notices_a_score_that_is_one_position_off(self, monkeypatch):
-        monkeypatch.setattr(
-            rlhf, "at_end", lambda scores, mask: scores.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
-        )
-        self.refused(make_models(), "last real token")
-
-    def test_notices_a_score_read_behind_the_end(self, monkeypatch):
-        monkeypatch.setattr(rlhf, "at_end", lambda scores, mask: scores[:, -1])
-        models = make_models()
-        # raise the probability of the end token, so that some responses finish
-        models.actor.lm_head.weight.data[256] += 12 * models.actor.base_model.norm.bias.data
-        models.reference.load_state_dict(models.actor.state_dict())
-        self.refused(models, "last real token")
+        rlhf.check_models(
+            models, prompts_of(models, PROMPTS), fresh=False
+        )  # they may differ in a resumed run
 
 
 class TestTraps:
@@ -277,36 +295,97 @@ class TestTraps:
 
     def test_the_end_is_learned_even_if_it_is_the_padding_token(self):
         models = make_models()
-        apart = rlhf.lm_loss(models, rlhf.encode(models, TEXTS))
+        apart = rlhf.lm_loss(models, encoded(models, TEXTS))
         models.tokenizer.pad_token_id = models.tokenizer.eos_token_id
-        torch.testing.assert_close(rlhf.lm_loss(models, rlhf.encode(models, TEXTS)), apart)
+        torch.testing.assert_close(rlhf.lm_loss(models, encoded(models, TEXTS)), apart)
 
-    def test_only_logits_for_answers_are_computed(self, monkeypatch):
+    def test_only_logits_for_answers_are_computed(self):
         models, shapes = make_models(), []
         models.actor.lm_head.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
-        ids, attention, mask = rows(models, TEXTS)
-        rlhf.assess(models, ids, attention, mask)
-        assert shapes == [(4 * mask.shape[1], 258)]
+        answers = rows(models, TEXTS)
+        rlhf.assess(models, answers)
+        assert shapes == [(1, 4 * answers.mask.shape[1], 258)]
         shapes.clear()
-        rlhf.generate(models, models.actor, PROMPTS)
+        rlhf.generate(models, models.actor, prompts_of(models, PROMPTS))
         assert set(shapes) == {(4, 1, 258)}
 
     def minibatch(self, models, garbage=0.0):
-        ids, attention, mask = rows(models, TEXTS)
-        _, values, logprobs, _, _, _, ref_states = rlhf.assess(models, ids, attention, mask)
+        answers = rows(models, TEXTS)
+        values, logprobs, _, _, ref_states = rlhf.assess(models, answers)
         torch.manual_seed(1)
-        noise = torch.randn(logprobs.shape).masked_fill(~mask, garbage)
-        return ids, attention, mask, ref_states, logprobs - 0.1, values, noise, values + noise
+        noise = torch.randn(logprobs.shape).masked_fill(~answers.mask, garbage)
+        return rlhf.Batch(*answers, ref_states, logprobs - 0.1, values, noise, values + noise)
 
     def gradient(self, models, minibatch, kl_coef=0.5):
         models.zero_grad()
         rlhf.add_gradients(models, minibatch, kl_coef)
         return torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None])
 
+    def test_an_asymmetric_clipping_range_by_hand(self):
+        """Ratios are exp(0.3) = 1.35: outside 1.2, inside 1.4; no matter if the advantage is negative."""
+        gradients = {}
+        for high in (None, 0.4):
+            models = make_models(clip_coef_high=high)
+            minibatch = self.minibatch(models)
+            ones = torch.ones_like(minibatch.logprobs)
+            logprobs = minibatch.logprobs + 0.1 - 0.3
+            for sign in (1, -1):
+                gradients[high, sign] = self.gradient(
+                    models, minibatch._replace(logprobs=logprobs, advantages=sign * ones), 0.0
+                )
+        size = sum(x.numel() for x in models.actor.parameters())
+        assert not gradients[None, 1][:size].any()  # clipped
+        assert gradients[0.4, 1][:size].abs().max() > 1e-3
+        torch.testing.assert_close(gradients[None, -1], gradients[0.4, -1])
+
     def test_padding_weighs_nothing_in_the_loss(self):
         models = make_models()
         clean, dirty = (self.gradient(models, self.minibatch(models, x)) for x in (0.0, 1e9))
         torch.testing.assert_close(clean, dirty)
+
+    @pytest.mark.parametrize("level", ["token", "sequence"])
+    @pytest.mark.parametrize("average", ["token", "answer"])
+    @pytest.mark.parametrize("clip_vloss", [False, True])
+    def test_the_gradient_is_that_of_an_obvious_loss_row_by_row(self, level, average, clip_vloss):
+        """Compute losses one action at a time, with each answer alone and without padding."""
+        models = make_models(action_level=level, loss_average=average, clip_vloss=clip_vloss)
+        batch = self.minibatch(models)
+        if level == "sequence":
+            sums = (batch.logprobs * batch.mask).sum(1, keepdim=True)
+            rest = (x[:, :1] for x in batch[5:])
+            batch = rlhf.Batch(*batch[:4], sums, *rest)
+        lengths = batch.mask.sum(1).tolist()
+        policy, value, kl_loss, actions = 0.0, 0.0, 0.0, [n if level == "token" else 1 for n in lengths]
+        for i, n in enumerate(lengths):
+            ids = batch.ids[i, batch.attention[i].bool()][None]
+            ones, positions = torch.ones_like(ids), torch.arange(ids.shape[1])[None]
+            logp = models.actor(ids, ones, positions).logits[0, -n - 1 : -1].log_softmax(-1)
+            ref = models.reference.lm_head(batch.ref_states[i, :n]).log_softmax(-1)
+            kl = (logp.exp() * (logp - ref)).sum(-1)
+            logp = torch.stack([logp[t, token] for t, token in enumerate(ids[0, -n:])])
+            values = models.critic(ids[:, :-1], ones[:, :-1], n)[0]
+            if level == "sequence":
+                logp, kl = logp.sum()[None], kl.sum()[None]
+            for t in range(actions[i]):
+                weight = 1 / sum(actions) if average == "token" else 1 / (len(lengths) * actions[i])
+                ratio, advantage = (logp[t] - batch.logprobs[i, t]).exp(), batch.advantages[i, t]
+                clipped = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
+                policy = policy - weight * min(ratio * advantage, clipped * advantage)
+                error = (values[t] - batch.returns[i, t]) ** 2
+                if clip_vloss:
+                    old = batch.values[i, t]
+                    near = min(max(values[t], old - 0.2), old + 0.2)
+                    error = max(error, (near - batch.returns[i, t]) ** 2)
+                value = value + weight * 0.5 * error
+                kl_loss = kl_loss + weight * kl[t]
+        models.zero_grad()
+        (policy + 0.5 * kl_loss + models.args.vf_coef * value).backward()
+        expected = torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None])
+        models.zero_grad()
+        losses, _ = rlhf.add_gradients(models, batch, 0.5)
+        actual = torch.cat([x.grad.flatten() for x in models.parameters() if x.grad is not None])
+        torch.testing.assert_close(losses, torch.stack((policy, value)).detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-3)
 
     @pytest.mark.parametrize("average", ["token", "answer"])
     @pytest.mark.parametrize("size", [1, 3])
@@ -322,7 +401,7 @@ class TestTraps:
     @pytest.mark.parametrize("size", [None, 1, 3])
     def test_the_gradient_of_ptx_is_that_of_the_mean_over_tokens_times_its_weight(self, size):
         models = make_models(micro_batch_size=size)
-        texts = rlhf.encode(models, TEXTS)
+        texts = encoded(models, TEXTS)
         rlhf.accumulate(models, rlhf.lm_loss, texts, weight=27.8)
         gradient = models.actor.lm_head.weight.grad.clone()
         models.zero_grad()
@@ -346,7 +425,8 @@ class TestTrain:
     def test_the_controller_follows_the_kl_of_answers_not_of_tokens(self, run_dir, monkeypatch):
         assessed, adapted = record(monkeypatch, "assess"), record(monkeypatch, "adapt_kl_coef")
         history = rlhf.train(tiny(run_dir, learning_rate=0.05))
-        batches = [(inputs[3], outputs[4]) for inputs, outputs in assessed if len(inputs[3]) == 16]
+        batches = [(inputs[1].mask, outputs.kl) for inputs, outputs in assessed]
+        batches = [(mask, kl) for mask, kl in batches if len(mask) == 16]
         expected = [(kl * mask).sum(1).mean().item() for mask, kl in batches]
         assert [inputs[1] for inputs, _ in adapted] == pytest.approx([row["rlhf/kl"] for row in history])
         assert all(
@@ -362,9 +442,9 @@ class TestTrain:
         rlhf.train(tiny(run_dir, gae_lambda=1.0, norm_adv=norm_adv, num_minibatches=1, update_epochs=1))
         for (inputs, rewards), ((_, minibatch, _), _) in zip(rewarded, added[-2:], strict=True):
             to_go = rewards.flip(1).cumsum(1).flip(1)[inputs[3]]
-            returns = minibatch[7][minibatch[2]]
+            returns = minibatch.returns[minibatch.mask]
             torch.testing.assert_close(returns.sort().values, to_go.sort().values, atol=1e-4, rtol=1e-4)
-            advantages = minibatch[6][minibatch[2]]
+            advantages = minibatch.advantages[minibatch.mask]
             assert (abs(advantages.mean()) < 1e-5 and abs(advantages.std() - 1) < 1e-5) == norm_adv
 
     def test_a_whole_answer_as_an_action_has_one_reward_and_the_value_of_the_prompt(
@@ -373,24 +453,25 @@ class TestTrain:
         assessed, estimated = record(monkeypatch, "assess"), record(monkeypatch, "compute_gae")
         rewarded, added = record(monkeypatch, "token_rewards"), record(monkeypatch, "add_gradients")
         rlhf.train(tiny(run_dir, action_level="sequence", num_minibatches=1, update_epochs=1))
-        batches = [outputs for inputs, outputs in assessed if len(inputs[3]) == 16][:2]
-        for i, (_, values, logprobs, *_) in enumerate(batches):
+        batches = [outputs for inputs, outputs in assessed if len(inputs[1].mask) == 16][:2]
+        for i, (values, logprobs, *_) in enumerate(batches):
             inputs, rewards = rewarded[i]
-            (by_time, old_values, next_values, terminations, *_), (_, returns) = estimated[i]
+            (by_time, old_values, next_values, terminations, *_), (_, returns) = estimated[2 * i + 1]
             assert by_time.shape == (1, 16) and terminations.all() and not next_values.any()
             torch.testing.assert_close(by_time[0], rewards.sum(1))
             torch.testing.assert_close(old_values[0], values[:, 0])
             torch.testing.assert_close(returns[0], rewards.sum(1))
             (_, minibatch, _), _ = added[-2:][i]
             sums = (logprobs * inputs[3]).sum(1)
-            torch.testing.assert_close(minibatch[4][:, 0].sort().values, sums.sort().values)
+            torch.testing.assert_close(minibatch.logprobs[:, 0].sort().values, sums.sort().values)
 
     def test_dense_rewards_give_an_answer_what_it_adds_to_the_score_of_its_prompt(self, run_dir, monkeypatch):
-        assessed, estimated = record(monkeypatch, "assess"), record(monkeypatch, "compute_gae")
+        scored, estimated = record(monkeypatch, "score"), record(monkeypatch, "compute_gae")
         options = dict(dense_reward=True, kl_coef=0.0, kl_target=None, eos_penalty=0.0)
         rlhf.train(tiny(run_dir, **options))
-        batches = [(inputs[3], outputs[0]) for inputs, outputs in assessed if len(inputs[3]) == 16][:2]
-        for (mask, prefix_scores), ((rewards, *_), _) in zip(batches, estimated, strict=True):
+        batches = [(inputs[2].mask, scores) for inputs, scores in scored if len(inputs[1]) == 16]
+        batches = batches[-4:-2]  # after the normalisation of scores, before the evaluation
+        for (mask, prefix_scores), ((rewards, *_), _) in zip(batches, estimated[::2], strict=True):
             scores = prefix_scores[torch.arange(16), mask.sum(1)]
             torch.testing.assert_close(rewards.sum(0), scores - prefix_scores[:, 0])
 
@@ -398,7 +479,7 @@ class TestTrain:
         rewarded, ends = record(monkeypatch, "token_rewards"), record(monkeypatch, "finished_answers")
         scored = record(monkeypatch, "at_end")
         rlhf.train(tiny(run_dir, eos_penalty=5.0, kl_coef=0.0, kl_target=None))
-        full = [output for (_, _, mask), output in ends if len(mask) == 16][:2]
+        full = [output for (_, answers), output in ends if len(answers.mask) == 16][:2]
         for (inputs, rewards), finished in zip(rewarded, full, strict=True):
             mask = inputs[3]
             (score,) = [
@@ -417,8 +498,62 @@ class TestTrain:
 
     def test_the_optimiser_has_the_epsilon_of_the_authors(self, run_dir):
         rlhf.train(tiny(run_dir))
-        (group,) = rlhf.load_checkpoint(run_dir)["optimizer"]["param_groups"]
-        assert group["eps"] == 1e-5
+        groups = rlhf.load_checkpoint(run_dir)["optimizer"]["param_groups"]
+        assert [group["eps"] for group in groups] == [1e-5, 1e-5]
+
+    def test_the_critic_can_learn_first_and_at_its_own_rate(self, run_dir, monkeypatch):
+        rates, step = [], torch.optim.Adam.step
+        monkeypatch.setattr(
+            torch.optim.Adam,
+            "step",
+            lambda self, *x: rates.append([g["lr"] for g in self.param_groups]) or step(self, *x),
+        )
+        before = rlhf.train(
+            tiny(run_dir, critic_warmup=1, critic_learning_rate=0.01, anneal_lr=False, learning_rate=0.5)
+        )
+        stage_3 = [x for x in rates if len(x) == 2]
+        assert stage_3 == [[0.0, 0.01]] * 4 + [[0.5, 0.01]] * 4  # 2 epochs of 2 minibatches an iteration
+        assert before[1]["rlhf/kl"] == pytest.approx(0, abs=1e-6)  # the actor has not moved yet
+
+    def test_the_critic_learns_returns_of_its_own_lambda(self, run_dir, monkeypatch):
+        estimated, added = record(monkeypatch, "compute_gae"), record(monkeypatch, "add_gradients")
+        options = dict(gae_lambda=0.5, critic_lambda=1.0, num_minibatches=1, update_epochs=1)
+        rlhf.train(tiny(run_dir, **options))
+        for i, ((_, minibatch, _), _) in enumerate(added[-2:]):
+            (rewards, *_), _ = estimated[2 * i]
+            monte_carlo = rewards.flip(0).cumsum(0).flip(0).T  # lambda 1 and gamma 1: sums of rewards
+            expected = monte_carlo.sum(1).sort().values
+            acted = minibatch.returns * minibatch.mask
+            torch.testing.assert_close(acted.sum(1).sort().values, expected, atol=1e-4, rtol=1e-4)
+
+    def test_answers_per_prompt_repeats_prompts(self, run_dir, monkeypatch):
+        asked = record(monkeypatch, "score")
+        rlhf.train(tiny(run_dir, answers_per_prompt=4))
+        (_, prompts, _), _ = asked[-3]  # of the last iteration; the evaluation scores twice
+        texts = [prompt.text for prompt in prompts]
+        assert len(texts) == 16 and all(len(set(texts[i : i + 4])) == 1 for i in range(0, 16, 4))
+        assert len(set(texts)) > 1
+
+    def test_a_fixed_coefficient_of_zero_needs_no_reference(self, run_dir, monkeypatch):
+        assessed = record(monkeypatch, "assess")
+        history = rlhf.train(tiny(run_dir, kl_coef=0.0, kl_target=None))
+        assert "rlhf/kl" not in history[0] and "eval/kl" in curve(run_dir)
+        unused = [inputs for inputs, _ in assessed if inputs[2:] == (False,)]
+        assert len(unused) == 2
+
+    def test_evaluations_during_a_run_keep_the_best_policy(self, run_dir, monkeypatch):
+        rates, evaluate = iter([0.2, 0.6, 0.6, 0.4, 0.1]), rlhf.evaluate
+        monkeypatch.setattr(rlhf, "evaluate", lambda *x: evaluate(*x) | {"eval/win_rate": next(rates)})
+        saved, save = [], rlhf.save_policy
+        monkeypatch.setattr(
+            rlhf, "save_policy", lambda models, folder: saved.append(folder.name) or save(models, folder)
+        )
+        history = rlhf.train(tiny(run_dir, eval_every=1, total_episodes=64))
+        assert saved == ["best_policy", "best_policy", "policy"]  # 0.2, 0.6, and not again for 0.6 or 0.4
+        assert [row["eval/win_rate"] for row in history] == [0.2, 0.6, 0.6, 0.4]
+        assert [step for step, _ in curve(run_dir)["eval/kl"]] == [84 + 16 * i for i in (1, 2, 3, 4)] + [
+            84 + 65
+        ]
 
 
 def train_and_stop(monkeypatch, args, saves):
@@ -466,8 +601,8 @@ class TestCommandLine:
             ("--total-episodes 10", "--total-episodes must be at least batch_size 64"),
             ("--batch-size 1", "batch_size is 1: advantages of one answer have no standard deviation"),
             ("--kl-in nowhere", "nowhere"),
-            ("--kl-target 0", "kl_target is 0.0; it must be positive or None"),
-            ("--learning-rate nan", "learning_rate is nan; it must be positive"),
+            ("--kl-target 0", "kl_target cannot be 0.0"),
+            ("--learning-rate nan", "learning_rate cannot be nan"),
             ("--eval-prompts 201", "eval_prompts must lie between 2 and 200"),
             ("--context 60", "--context is 60"),
             ("--resume nowhere", "nowhere/checkpoint.pt is missing"),
@@ -482,7 +617,7 @@ class TestCommandLine:
 
     def test_cuda_without_a_gpu_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "--cuda needs a GPU, and torch finds none here" in refusal(rlhf, monkeypatch, capsys, "--cuda")
+        assert "--cuda needs a GPU, and torch finds none" in refusal(rlhf, monkeypatch, capsys, "--cuda")
 
     def test_a_saved_run_answers_is_evaluated_and_keeps_its_options(self, monkeypatch, capsys, run_dir):
         rlhf.train(tiny(run_dir))
@@ -525,8 +660,8 @@ def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
     for name in ("gold", "win_rate", "kl", "distinct", "finished"):
         assert [step for step, _ in tags[f"eval/{name}"]] == [84 + 33]
     events = EventAccumulator(str(run_dir)).Reload()
-    (table,) = events.Tensors("answers/text_summary")
-    assert len(table.tensor_proto.string_val[0].decode().split("\n")) == 2 + 16
+    (samples,) = events.Tensors("answers/text_summary")
+    assert samples.tensor_proto.string_val[0].decode().count("before: ") == 16
 
 
 @pytest.mark.parametrize(
@@ -534,7 +669,10 @@ def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
     [
         dict(action_level="sequence", kl_in="loss", loss_average="answer", clip_vloss=True),
         dict(dense_reward=True, ptx_coef=0.5, kl_target=None),
-        dict(bf16=True, micro_batch_size=3, norm_adv=False, anneal_lr=False),
+        dict(micro_batch_size=3, norm_adv=False, anneal_lr=False, temperature=0.7, answers_per_prompt=2),
+        dict(
+            kl_coef=0.0, kl_target=None, critic_lambda=1.0, critic_warmup=1, clip_coef_high=0.3, eval_every=1
+        ),
     ],
     ids=str,
 )

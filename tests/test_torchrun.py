@@ -77,7 +77,7 @@ def test_gradients_of_rlhf_are_those_of_one_process(tmp_path, monkeypatch):
     for job, values in expected.items():
         for name, value in values.items():
             torch.testing.assert_close(results[job][name], value, rtol=1e-4, atol=1e-6, msg=f"{job}, {name}")
-    assert expected["token"]["norm"] != expected["answer"]["norm"]
+    assert all(values["norm"] > 0 for values in expected.values())
 
 
 @pytest.mark.slow

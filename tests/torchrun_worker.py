@@ -45,14 +45,16 @@ def answers():
 
 
 def gradients(models, learners):
-    """Return a function that computes a loss and its gradient, summed over all processes, with its norm."""
-    weights = rlhf.flatten_parameters(torch.nn.ModuleList(learners))
+    """Return a function that computes a loss and its gradient, averaged over processes, with its norm."""
+    learners = torch.nn.ModuleList(learners)
 
     def of(add, *inputs):
-        weights.grad.zero_()
+        for parameter in learners.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         loss = add(models, *inputs)
-        norm = rlhf.clip_gradient(weights, 1e6)
-        return {"loss": loss, "norm": norm, "gradient": weights.grad.clone()}
+        norm = rlhf.clip_gradient(learners, 1e6)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in learners.parameters()])
+        return {"loss": loss, "norm": norm, "gradient": gradient}
 
     return of
 
@@ -60,18 +62,17 @@ def gradients(models, learners):
 def rlhf_results():
     """Compute the gradients of all three stages over rows that are divided among the processes."""
     results = {}
-    for average in ("token", "answer"):
-        models = make_models(loss_average=average, kl_in="loss")
-        of = gradients(models, [models.actor, models.critic])
-        results[average] = of(
-            lambda *x: rlhf.total(rlhf.add_gradients(*x)[0]), [parts(x) for x in answers()], 0.5
-        )
+    models = make_models(loss_average="answer", kl_in="loss")  # a mean over tokens is one of each process
+    of = gradients(models, [models.actor, models.critic])
+    batch = rlhf.Batch(*(parts(x) for x in answers()))
+    results["ppo"] = of(lambda *x: rlhf.average(rlhf.add_gradients(*x)[0]), batch, 0.5)
     models = make_models(micro_batch_size=2)
-    texts = [([65] * (k + 1), [66 + k] * (1 + k * k % 7)) for k in range(11)]
+    texts = [(rlhf.Prompt("", [65] * (k + 1), {}), [66 + k] * (1 + k * k % 7)) for k in range(11)]
     of = gradients(models, [models.actor])
     results["sft"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts))
     results["one text"] = of(rlhf.accumulate, rlhf.lm_loss, parts(texts[4:5]))  # rank 0 has the only row
-    pairs = [([65] * (k + 1), [66 + k] * (1 + k % 3), [67] * (1 + k % 4)) for k in range(7)]
+    prompts = [rlhf.Prompt("", [65] * (k + 1), {}) for k in range(7)]
+    pairs = [(prompt, [66 + k] * (1 + k % 3), [67] * (1 + k % 4)) for k, prompt in enumerate(prompts)]
     results["pairs"] = gradients(models, [models.reward])(rlhf.accumulate, rlhf.pair_loss, parts(pairs))
     return results
 
@@ -92,11 +93,18 @@ def control_results(ppo, given):
 
 def run_results(ppo, args):
     """Run train() and check that all processes end with exactly the same weights."""
-    vectors, flatten = [], ppo.flatten_parameters
-    ppo.flatten_parameters = lambda model: vectors.append(flatten(model)) or vectors[-1]
+    parameters, adam = [], torch.optim.Adam
+
+    def noted(params, *inputs, **named):
+        optimizer = adam(params, *inputs, **named)
+        parameters[:] = [x for group in optimizer.param_groups for x in group["params"]]  # of the last one
+        return optimizer
+
+    torch.optim.Adam = noted
     returns = ppo.train(args)
-    everyone = [torch.empty_like(vectors[-1]) for _ in range(ppo.WORLD_SIZE)]
-    torch.distributed.all_gather(everyone, vectors[-1].detach())
+    weights = torch.cat([x.detach().flatten() for x in parameters])
+    everyone = [torch.empty_like(weights) for _ in range(ppo.WORLD_SIZE)]
+    torch.distributed.all_gather(everyone, weights)
     assert all(torch.equal(weights, everyone[0]) for weights in everyone), "processes have different weights"
     return {"returns": returns}
 
