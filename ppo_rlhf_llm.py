@@ -504,8 +504,8 @@ def load_score_function(args: Args) -> Callable | None:
 
     def classify(prompts: Sequence[Prompt], answers: list[str]) -> list[float]:
         texts = [prompt.text + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = (tokenizer(text, return_tensors="pt").to(classifier.device) for text in texts)  # not padded
-        return [classifier(**row).logits.item() for row in rows]
+        rows = (torch.tensor([tokenize(tokenizer, text)]).to(classifier.device) for text in texts)
+        return [classifier(row).logits.item() for row in rows]  # one at a time, without padding
 
     return classify
 
@@ -738,6 +738,12 @@ def parse_entry(tokenizer: Any, entry: dict, kind: str) -> tuple[str, list[str],
     return prompt, texts, True
 
 
+def tokenize(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Return the tokens of a text, with BOS once if both the text and the tokenizer add it."""
+    ids = tokenizer.encode(text, add_special_tokens=special)
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
 def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict | None = None) -> tuple:
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
@@ -745,14 +751,12 @@ def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict
     if one is empty or too long.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
-    ids = tokenizer.encode(prompt, add_special_tokens=not rendered)
-    if ids[:2] == [tokenizer.bos_token_id] * 2:  # once in the text, once from the tokenizer
-        ids = ids[1:]
+    ids = tokenize(tokenizer, prompt, not rendered)
     if ids[-1:] == [end] and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]
     rows, ends = [], models.ends.tolist()
     for answer in answers:
-        row = [*tokenizer.encode(answer, add_special_tokens=False), end]
+        row = [*tokenize(tokenizer, answer, special=False), end]
         rows.append(row[: next(i for i, token in enumerate(row) if token in ends) + 1])
     if not ids and len(rows) == 1:  # a text without a prompt begins with its first token
         ids, rows = rows[0][:1], [rows[0][1:]]

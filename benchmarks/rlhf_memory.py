@@ -1,8 +1,10 @@
-"""Measure the memory of the logits of a large vocabulary in ppo_rlhf_llm.py, in chunks and all at once.
+"""Measure the memory of ppo_rlhf_llm.py: of a whole run, and of the logits of a large vocabulary.
 
-    python benchmarks/rlhf_memory.py                       write benchmarks/results/rlhf_memory.csv
+    python benchmarks/rlhf_memory.py                       write rlhf_memory.csv and rlhf_memory_run.csv
 
-Four models with the vocabulary of Bloom (250,880 tokens) and a hidden size of 64. Each row of the table is
+rlhf_memory_run.csv: peak memory of a run of all three stages with a random GPT-2 of 98 million weights (one
+answer per pass), beside what weights, gradients and Adam's moments need.
+rlhf_memory.csv: four models with the vocabulary of Bloom (250,880 tokens) and a hidden size of 64. A row is
 the peak memory of tensors, without the weights and gradients that exist before, while responses are assessed,
 while a minibatch computes its gradients (with the exact KL in the loss), and while stage 1 computes its
 gradients.
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from common import in_fresh_process, load, peak_mebibytes
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +51,48 @@ def measure(rlhf: ModuleType, models: torch.nn.Module, answers: int, chunk: int)
     return row
 
 
+def measure_run() -> None:
+    """Run all stages with a random model and print its number of weights, the memory before, and the peak."""
+    import json
+    import tempfile
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    rlhf, before = load("ppo_rlhf_llm"), peak_mebibytes()
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {word: i for i, word in enumerate("abcdefghijklmnop")}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="o", pad_token="p")
+        tokenizer.save_pretrained(folder)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=16_000, n_positions=64, eos_token_id=14))
+        weights, trunk = model.num_parameters(), model.transformer.num_parameters()
+        model.save_pretrained(folder)
+        del model
+        rows = [
+            {"prompt": x, "completion": y, "chosen": x, "rejected": y} for x in "abcdefghijk" for y in "cd"
+        ]
+        (Path(folder) / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = dict.fromkeys(("sft_data", "preference_data"), f"{folder}/data.jsonl")
+        work = dict(batch_size=4, num_minibatches=1, micro_batch_size=1, answer_length=8, context=32)
+        work |= dict(total_episodes=8, eval_prompts=2, sft_epochs=1)
+        rlhf.train(rlhf.Args(model=folder, **data, **work, run_dir=f"{folder}/run"))
+        print(weights, trunk, before, peak_mebibytes())
+
+
 def main() -> None:
+    if sys.argv[1:] == ["run"]:
+        measure_run()
+        return
+    weights, trunk, before, peak = map(float, in_fresh_process("run"))
+    # two whole models, two trunks (reward model, critic); gradients and two moments of actor and critic
+    needed = (2 * weights + 2 * trunk + 3 * (weights + trunk)) * 4 / 2**20
+    with open(RESULTS.with_name("rlhf_memory_run.csv"), "w", newline="") as file:
+        names = ["weights", "needed_mib", "imports_mib", "peak_mib", "ratio"]
+        row = [int(weights), round(needed), round(before), round(peak), round((peak - before) / needed, 3)]
+        csv.writer(file).writerows([names, row])
+        print(dict(zip(names, row, strict=True)))
     spec = importlib.util.spec_from_file_location("ppo_rlhf_llm", ROOT / "ppo_rlhf_llm.py")
     rlhf = sys.modules["ppo_rlhf_llm"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rlhf)

