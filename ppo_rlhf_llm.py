@@ -69,7 +69,7 @@ class Args:
     """RLHF: supervised fine-tuning, a reward model, then PPO with a KL penalty."""
 
     total_episodes: int = 5120
-    """answers of stage 3 over the whole run"""
+    """answers of stage 3 over the whole run, rounded down to whole iterations"""
     learning_rate: float = 2e-4
     """step size of Adam in stage 3"""
     critic_learning_rate: float | None = None
@@ -79,11 +79,11 @@ class Args:
     batch_size: int = 64
     """answers per iteration of stage 3 (N), summed over all processes"""
     answer_length: int = 56
-    """maximum length of an answer in tokens"""
+    """maximum length of a sampled answer in tokens"""
     answers_per_prompt: int = 1
     """answers to each prompt of an iteration"""
     temperature: float = 1.0
-    """divisor of the logits in stage 3 and in evaluations, when sampling and when learning"""
+    """divisor of the logits when sampling (in all stages), and when learning in stage 3"""
     anneal_lr: bool = True
     """decrease the learning rate of stage 3 linearly to zero"""
     gamma: float = 1.0
@@ -95,7 +95,7 @@ class Args:
     num_minibatches: int = 4
     """minibatches per epoch; N answers are divided among them. Stages 1 and 2 use the same size"""
     micro_batch_size: int | None = None
-    """answers (stage 2: pairs) per forward and backward pass: saves memory, same result (None: all)"""
+    """answers (stage 2: pairs) per training pass: saves memory, same result up to rounding (None: all)"""
     update_epochs: int = 2
     """passes over the answers of an iteration (K)"""
     norm_adv: bool = True
@@ -119,11 +119,11 @@ class Args:
     kl_coef: float = 0.1
     """initial coefficient of KL(actor, reference) (beta)"""
     kl_target: float | None = 3.0
-    """KL(actor, reference) in nats per answer to which kl_coef is adapted (None: kl_coef is fixed)"""
+    """target for KL(actor, reference), in nats per answer; kl_coef adapts to it (None: kl_coef is fixed)"""
     kl_horizon: int = 500
-    """answers in which kl_coef changes by a fifth if the KL is off its target by a fifth or more"""
+    """answers over which kl_coef changes by 20 % if the KL is 20 % or more off its target"""
     loss_average: Literal["token", "answer"] = "token"
-    """what has the same weight in the loss: every token, or every answer (1/|y| for each of its tokens)"""
+    """weights in the loss: equal for all tokens, or equal for all answers (1/|y| for each of their tokens)"""
     dense_reward: bool = False
     """reward each token with the change of the score (else: the last token with the score)"""
     eos_penalty: float = 1.0
@@ -143,7 +143,7 @@ class Args:
     preference_data: str | None = None
     """JSONL file for stage 2: chosen and rejected, with or without a prompt"""
     prompt_data: str | None = None
-    """JSONL file for stage 3: prompt or messages (None: the prompts of the other files)"""
+    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: other files)"""
     ptx_data: str | None = None
     """JSONL file for --ptx-coef, as --sft-data (None: the texts of stage 1)"""
     layers: int = 2
@@ -177,7 +177,7 @@ class Args:
     run_dir: str | None = None
     """run folder (None: runs/gpt__{script}__{seed}__{time})"""
     checkpoint_every: int | None = None
-    """iterations of stage 3 between checkpoints (None: a tenth of it)"""
+    """iterations of stage 3 between checkpoints (None: a tenth of stage 3)"""
     track: bool = False
     """also log to Weights & Biases (configured by WANDB_PROJECT and WANDB_ENTITY)"""
     resume: str | None = None
@@ -185,7 +185,7 @@ class Args:
     evaluate: str | None = None
     """run folder whose policy to evaluate, without training"""
     generate: str | None = None
-    """with --evaluate: a prompt to answer, instead of the evaluation"""
+    """with --evaluate: a prompt to answer (with the markers of a chat template), instead of the evaluation"""
 
     @property
     def minibatch_size(self) -> int:
@@ -203,12 +203,13 @@ class Args:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (value == 0 and name in zero), f"{name} cannot be {value}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), f"{lambdas} must be at most 1")
-        rows, parts, scored = self.batch_size, self.num_minibatches, self.reward_model or self.reward_function
+        saved, scored = self.resume or self.evaluate, self.reward_model or self.reward_function
+        rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
         require(2 <= self.eval_prompts <= HELD_OUT, f"eval_prompts must lie between 2 and {HELD_OUT}")
-        require(rows > 1, "batch_size is 1: advantages of one answer have no standard deviation")
+        require(saved or share > 1, f"advantages of {share} answer have no standard deviation")
         require(rows % parts == 0, f"batch_size {rows} is not divisible by num_minibatches {parts}")
-        require(self.minibatch_size % WORLD_SIZE == 0, f"{WORLD_SIZE} processes do not divide a minibatch")
-        require(rows % (WORLD_SIZE * self.answers_per_prompt) == 0, "answers_per_prompt does not divide N")
+        require(saved or self.minibatch_size % WORLD_SIZE == 0, "the processes do not divide a minibatch")
+        require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt does not divide {share}")
         require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         require(self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
         require(self.kl_coef or self.kl_target is None, "kl_coef 0 cannot be adapted; use --kl-target None")
@@ -470,10 +471,8 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
     """Load --model and its tokenizer; the padding token differs from the end token."""
     model, tokenizer = load_pretrained(args.model, "CausalLM")
     name, positions = f"--model {args.model}", getattr(model.config, "max_position_embeddings", math.inf)
-    require(
-        "past_key_values" in inspect.signature(model.forward).parameters, f"{name} has no key-value cache"
-    )
-    require(tokenizer.eos_token_id is not None, f"{name}: its tokenizer has no end token to end answers")
+    cached = "past_key_values" in inspect.signature(model.forward).parameters
+    require(cached and tokenizer.eos_token_id is not None, f"{name} has no key-value cache or no end token")
     require(args.context <= positions, f"{name} reads up to {positions} tokens; --context is {args.context}")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
@@ -492,7 +491,7 @@ def load_score_function(args: Args) -> Callable | None:
             raise UserError(f"--reward-function {args.reward_function}: {error}") from error
 
         def call_function(prompts: Sequence[Prompt], answers: list[str]) -> Any:
-            named = {key: [prompt.fields.get(key) for prompt in prompts] for key in prompts[0].fields}
+            named = {k: [p.fields.get(k) for p in prompts] for k in set().union(*(p.fields for p in prompts))}
             return call(function, [prompt.text for prompt in prompts], answers, **named)
 
         return call_function
@@ -503,9 +502,8 @@ def load_score_function(args: Args) -> Callable | None:
     classifier.to("cuda" if args.cuda else "cpu").eval()
 
     def classify(prompts: Sequence[Prompt], answers: list[str]) -> list[float]:
-        texts = [prompt.text + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = (torch.tensor([tokenize(tokenizer, text)]).to(classifier.device) for text in texts)
-        return [classifier(row).logits.item() for row in rows]  # one at a time, without padding
+        rows = [tokenize(tokenizer, p.text + x) for p, x in zip(prompts, answers, strict=True)]  # not padded
+        return [classifier(torch.tensor([row]).to(classifier.device)).logits.item() for row in rows]
 
     return classify
 
@@ -574,6 +572,11 @@ class Models(nn.Module):
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
         config = getattr(self.actor, "generation_config", None)  # which can have several end tokens
         ends = [self.tokenizer.eos_token_id, *np.atleast_1d(config and config.eos_token_id)]
+        if getattr(self.tokenizer, "chat_template", None):  # and one that ends a turn
+            turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+            rest = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("x")[2]
+            token = tokenize(self.tokenizer, rest, special=False)[:1]
+            ends += token if set(token) & set(self.tokenizer.all_special_ids) else []
         self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
         self.eval()
 
@@ -700,12 +703,14 @@ FORMS = {
 def parse_entry(tokenizer: Any, entry: dict, kind: str) -> tuple[str, list[str], bool]:
     """Find the prompt and the answers in a line of a file -> (prompt, answers, rendered).
 
-    kind is a key of FORMS. Lists of messages are rendered with the chat template, and with them everything
-    else in the line. Of a conversation only the last turn is an answer.
+    kind is a key of FORMS. If any part is a list of messages, the whole line is rendered with the chat
+    template. Only the last turn of a conversation is an answer.
     """
+    require(not any(map(entry.get, ("system", "system_prompt", "history"))), "it has a system or history")
     prompt = next((entry[key] for key in PROMPT_KEYS if key in entry), None)
-    if "instruction" in entry and entry.get("input"):
-        prompt = f"{prompt}\n{entry['input']}"
+    if "prompt" not in entry and isinstance(prompt, str):
+        parts = (prompt, entry.get("input") or entry.get("context"))
+        prompt = "".join(f"{part}\n" for part in parts if part)  # such data have no separators
     turns = ((ROLES.get(x["from"], x["from"]), x["value"]) for x in entry.get("conversations", ()))
     messages = entry.get("messages") or [{"role": role, "content": content} for role, content in turns]
     if kind == "pair":
@@ -772,8 +777,8 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
     Lines that are too long are skipped with a message. Raises UserError for a line in none of the FORMS.
     """
     data, rows, skipped = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf"), [], []
-    wrong = data.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"["))
-    require(not wrong, f"{path} is gzip, UTF-16 or a JSON array, not JSON objects in lines of UTF-8")
+    others = (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"[")
+    require(not data.startswith(others), f"{path} is gzip, UTF-16 or an array, not lines of JSON in UTF-8")
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
@@ -783,7 +788,7 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
         except UserError as error:
             skipped.append(f"line {number}: {error}")
         except Exception as error:  # templates and values of all types raise many kinds
-            message = f"{path}, line {number}: no JSON object with {FORMS[kind]}"
+            message = f"{path}, line {number}: expected a JSON object with {FORMS[kind]}"
             raise UserError(f"{message} ({type(error).__name__}: {error})") from error
     if skipped:
         print(f"{path}: skipped {len(skipped)} lines; the first is {skipped[0]}", file=sys.stderr)
@@ -953,39 +958,36 @@ class Assessment(NamedTuple):
     logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor  # KL(actor, reference), exact
-    ref_states: Tensor  # hidden states of the reference, (N, L, D)
+    ref_states: Tensor  # hidden states of the reference, (N, L, D), if the KL is in the loss
 
 
 @torch.no_grad()
 def assess(models: Models, answers: Answers, use_reference: bool = True) -> Assessment:
     """Compute an Assessment, one micro-batch at a time. Without the reference its KL is 0."""
-    parts, temperature = [], models.args.temperature
+    keep, parts = use_reference and models.args.kl_in == "loss", []
     for part in answers.split(models.args.micro_batch_size or models.args.minibatch_size):
         values, states = values_before(models, part), states_before(models, models.actor, part)
         ref_states = states_before(models, models.reference, part) if use_reference else None
-        terms = token_terms(models, part.tokens, states, ref_states, temperature)
-        parts.append((values, *terms, states[..., :0] if ref_states is None else ref_states))
+        terms = token_terms(models, part.tokens, states, ref_states, models.args.temperature)
+        parts.append((values, *terms, ref_states if keep else states[..., :0]))
     return Assessment(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
 def score(models: Models, prompts: Sequence[Prompt], answers: Answers) -> Tensor:
     """Score all beginnings of each answer, (N, L + 1). Functions score only whole answers; the rest is 0."""
-    parts, size = [], models.args.micro_batch_size or models.args.minibatch_size
-    for some, part in zip(chunks(prompts, size), answers.split(size), strict=True):
-        if models.score_function is None:
-            with models.autocast():
-                parts.append(models.reward(part.ids, part.attention, part.mask.shape[1] + 1))
-            continue
-        scores = models.score_function(some, decode(models, part))
-        scores = np.asarray(scores.tolist() if torch.is_tensor(scores) else scores, np.float32)
-        valid = scores.shape == (len(some),) and np.isfinite(scores).all()
-        require(valid, f"the scores of {len(some)} answers must be {len(some)} finite numbers, not {scores}")
-        mean, deviation = models.score_moments
-        scores = (torch.as_tensor(scores).to(part.ids.device) - mean) / deviation
-        zeros = F.pad(torch.zeros_like(part.mask, dtype=torch.float32), (0, 1))
-        parts.append(zeros.scatter(1, part.mask.sum(1, keepdim=True), scores[:, None]))
-    return torch.cat(parts)
+    if models.score_function is None:
+        parts = answers.split(models.args.micro_batch_size or models.args.minibatch_size)
+        with models.autocast():
+            return torch.cat([models.reward(x.ids, x.attention, x.mask.shape[1] + 1) for x in parts])
+    scores = models.score_function(prompts, decode(models, answers))
+    scores = np.asarray(scores.tolist() if torch.is_tensor(scores) else scores, np.float32)
+    valid = scores.shape == (len(prompts),) and np.isfinite(scores).all()
+    require(valid, f"{len(prompts)} answers need {len(prompts)} finite scores, not {scores}")
+    mean, deviation = models.score_moments
+    scores = (torch.as_tensor(scores).to(answers.ids.device) - mean) / deviation
+    zeros = F.pad(torch.zeros_like(answers.mask, dtype=torch.float32), (0, 1))
+    return zeros.scatter(1, answers.mask.sum(1, keepdim=True), scores[:, None])
 
 
 # ------------------------------------------------------------------------------------------- stages 1 and 2
@@ -1000,8 +1002,8 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
 
 def clip_gradient(model: nn.Module, max_grad_norm: float) -> Tensor:
     """Average the gradients of all processes and clip their norm. Return the norm before."""
-    for parameter in model.parameters():
-        average(parameter.grad)
+    for gradient in [x.grad for x in model.parameters() if x.grad is not None]:
+        average(gradient)
     return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
 
 
@@ -1048,14 +1050,13 @@ def accumulate(models: Models, loss_sum: Callable, rows: list, weight: float = 1
 
 def fit(models: Models, model, loss_sum: Callable, rows: list, stage: str, writer, step: int) -> int:
     """Minimise the mean loss of the rows with the options named after the stage. Return the next step."""
-    args = models.args
+    args, seen = models.args, 0
     rate, epochs = getattr(args, f"{stage}_learning_rate"), getattr(args, f"{stage}_epochs")
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
-    seen, all_rows = 0, epochs * len(rows)
     parts = minibatches([torch.arange(len(rows))], args.minibatch_size, epochs)
     progress = tqdm(parts, stage, math.ceil(len(rows) / args.minibatch_size) * epochs, disable=RANK > 0)
     for (mb,) in progress:
-        optimizer.param_groups[0]["lr"] = rate * (1 - seen / all_rows)
+        optimizer.param_groups[0]["lr"] = rate * (1 - seen / (epochs * len(rows)))
         optimizer.zero_grad(set_to_none=False)
         loss = accumulate(models, loss_sum, [rows[i] for i in mb.tolist()[RANK::WORLD_SIZE]])
         clip_gradient(model, args.max_grad_norm)
@@ -1065,7 +1066,7 @@ def fit(models: Models, model, loss_sum: Callable, rows: list, stage: str, write
         require(loss.isfinite(), f"the loss is {loss} at step {step + seen}")
         writer.add_scalar(f"{stage}/loss", loss, step + seen)
     model.zero_grad()  # frees the gradients
-    return step + all_rows
+    return step + seen
 
 
 def fine_tune(models: Models, data: Data, writer: SummaryWriter, step: int) -> int:
@@ -1075,7 +1076,7 @@ def fine_tune(models: Models, data: Data, writer: SummaryWriter, step: int) -> i
     models.reference.load_state_dict(models.actor.state_dict())
     if data.held_out_texts:
         with torch.no_grad():
-            losses = [lm_loss(models, part) for part in chunks(data.held_out_texts, models.args.batch_size)]
+            losses = [lm_loss(models, x) for x in chunks(data.held_out_texts, models.args.minibatch_size)]
         loss = sum(losses).item() / sum(len(answer) for _, answer in data.held_out_texts)
         writer.add_scalar("sft/held_out_loss", loss, step)
         print(f"SFT: {loss:.3f} nats per token of held-out texts")
@@ -1118,7 +1119,7 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
             ceiling = f" (ceiling {ceiling:.1%})"
         step = fit(models, models.reward, pair_loss, pairs, "reward_model", writer, step)
         with torch.no_grad():
-            scores = torch.cat([score_pairs(models, x) for x in chunks(held_out, args.batch_size)], 1)
+            scores = torch.cat([score_pairs(models, x) for x in chunks(held_out, args.minibatch_size)], 1)
         accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie counts half
         writer.add_scalar("reward_model/accuracy", accuracy, step)
         print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices{ceiling}")
@@ -1131,12 +1132,12 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
 @torch.no_grad()
 def normalize_scores(models: Models, prompts: list[Prompt]) -> None:
     """Give the scores of the SFT model's answers mean 0 and deviation 1, so that kl_coef is comparable."""
-    scores, prompts = [], (prompts * HELD_OUT)[:HELD_OUT]
+    scores, prompts = [], [prompts[i % len(prompts)] for i in range(HELD_OUT)]
     for asked in chunks(prompts, models.args.batch_size):
         answers, _ = generate(models, models.reference, asked)
         scores.append(at_end(score(models, asked, answers), answers.mask))
     scores = torch.cat(scores)
-    mean, deviation = scores.mean(), scores.std()
+    mean, deviation = average(torch.stack((scores.mean(), scores.std())))
     if deviation < 1e-6:  # for example, a reward of 0 or 1 that no answer of the SFT model earns
         print(f"all scores of the SFT model are {mean:g}, so scores are not divided by their deviation")
         deviation = torch.ones_like(deviation)
@@ -1202,9 +1203,10 @@ def train(args: Args) -> list[dict[str, float]]:
     models = Models(args).to(device)
     data = load_data(models)
     run_dir, state = open_run(args)
-    models.load_state_dict(state["models"] or models.state_dict())
+    models.load_state_dict(state.pop("models") or models.state_dict())
     stage, first_iteration, step, history = (state[x] for x in ("stage", "iteration", "step", "history"))
-    digest = hashlib.sha256(repr((data.texts, data.prompts, data.pairs, data.ptx_texts)).encode()).hexdigest()
+    rows = (row for rows in vars(data).values() if isinstance(rows, list) for row in rows)
+    digest = hashlib.sha256(b"".join(hashlib.sha256(repr(row).encode()).digest() for row in rows)).hexdigest()
     require(state["data"] in (None, digest), f"the data have changed since {run_dir} was started")
     silent = dict.fromkeys(("add_scalar", "add_text", "flush", "close"), lambda *_: None)
     writer = open_writer(args, run_dir, step) if RANK == 0 else SimpleNamespace(**silent)
@@ -1220,7 +1222,7 @@ def train(args: Args) -> list[dict[str, float]]:
     learners = [models.actor, models.critic]
     # epsilon 1e-5 is TensorFlow's, as in Ziegler et al.; with 1e-8 the first KLs are several times higher
     optimizer = torch.optim.Adam([{"params": x.parameters()} for x in learners], eps=1e-5, fused=True)
-    optimizer.load_state_dict(state["optimizer"] or optimizer.state_dict())
+    optimizer.load_state_dict(state.pop("optimizer") or optimizer.state_dict())
     num_prompts = args.batch_size // WORLD_SIZE // args.answers_per_prompt  # of this process
     critic_lambda = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
     use_reference = args.kl_coef > 0 or args.kl_target is not None
@@ -1234,9 +1236,8 @@ def train(args: Args) -> list[dict[str, float]]:
         # uninterrupted one
         torch.manual_seed(derive_seed(args.seed, 3, iteration) + RANK)
         left = 1 - iteration / args.num_iterations if args.anneal_lr else 1.0
-        actor_group, critic_group = optimizer.param_groups
-        actor_group["lr"] = left * args.learning_rate * (iteration >= args.critic_warmup)
-        critic_group["lr"] = left * (args.critic_learning_rate or args.learning_rate)
+        optimizer.param_groups[0]["lr"] = left * args.learning_rate * (iteration >= args.critic_warmup)
+        optimizer.param_groups[1]["lr"] = left * (args.critic_learning_rate or args.learning_rate)
 
         # 1. collect: answers of the actor, their scores, values and log-probabilities. (The log-probabilities
         # from sampling are not used: a cache rounds differently, so the first ratio would not be 1.)
@@ -1285,12 +1286,13 @@ def train(args: Args) -> list[dict[str, float]]:
             if args.target_kl and average(approx_kl(*logprob_pairs[-1])) > args.target_kl:
                 break
             optimizer.step()
+        optimizer.zero_grad()  # frees the gradients
         answer_kl = average((kl * mask).sum(1).mean()).item()
-        if args.kl_target is not None:
+        if args.kl_target is not None and iteration >= args.critic_warmup:
             new_coef = adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
             models.kl_coef.fill_(new_coef)
 
-        # 4. log: losses are means over the minibatches of the iteration, all else over its answers
+        # 4. log: losses are means over the minibatches of the iteration, scores and lengths over its answers
         policy_loss, critic_loss, grad_norm, critic_grad_norm = torch.stack(losses).mean(0)
         require(torch.stack(losses).isfinite().all(), f"losses or gradients are not finite at step {step}")
         new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
@@ -1308,7 +1310,7 @@ def train(args: Args) -> list[dict[str, float]]:
             "losses/grad_norm": grad_norm,
             "losses/critic_grad_norm": critic_grad_norm,
             "charts/kl_coef": kl_coef,
-            "charts/learning_rate": actor_group["lr"],
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
         if use_reference:
             scalars["rlhf/kl"] = answer_kl
@@ -1342,7 +1344,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
 
 SCRIPT, FORMAT = "ppo_rlhf_llm", 3  # checkpoint header
-FREE = {"resume", "evaluate", "total_episodes", "generate", "eval_prompts", "track"}
+FREE = {"resume", "evaluate", "total_episodes", "generate", "eval_prompts", "track", "micro_batch_size"}
 
 
 class UserError(ValueError):
@@ -1369,9 +1371,8 @@ def check_models(models: Models, prompts: list[Prompt], fresh: bool) -> None:
     """
     bf16, models.bf16 = models.bf16, False
     answers, sampled = generate(models, models.actor, prompts)
-    mask, first, again = answers.mask, assess(models, answers), assess(models, answers)
-    check_same("two passes over one answer differ: dropout is on", (again.logprobs - first.logprobs)[mask])
-    check_same("sampling differs: a cache, a filter or a temperature", (sampled - first.logprobs)[mask])
+    mask, first = answers.mask, assess(models, answers)
+    check_same("sampling differs: dropout, cache, filter or temperature", (sampled - first.logprobs)[mask])
     if fresh:
         check_same("actor and reference differ before stage 3", first.kl[mask], 1e-6)
     ids = F.pad(answers.ids, (5, 5), value=models.tokenizer.pad_token_id)
@@ -1433,8 +1434,7 @@ def answer(args: Args) -> None:
     if not args.generate:
         evaluate(models, load_data(models))
         return
-    own_data = args.sft_data or args.preference_data or args.prompt_data
-    (prompt,) = encode(models, args.generate if own_data else f"{args.generate}\n")
+    (prompt,) = encode(models, args.generate + "\n" * (not args.model))  # as the built-in prompts end
     for name, model in (("before", models.reference), ("after", models.actor)):
         answers, _ = generate(models, model, [prompt])
         print(f"{name}: {decode(models, answers)[0]!r}")

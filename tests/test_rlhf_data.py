@@ -54,13 +54,13 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     [
         # plain text under common names
         ("text", {"prompt": "a", "completion": "b"}, ("a", "b<end>")),
-        ("text", {"question": "a", "answer": "b"}, ("a", "b<end>")),
+        ("text", {"question": "a", "answer": "b"}, ("a\n", "b<end>")),
         ("text", {"prompt": "a", "response": "b"}, ("a", "b<end>")),
-        ("text", {"instruction": "a", "input": "", "output": "b"}, ("a", "b<end>")),
-        ("text", {"instruction": "a", "input": "b", "output": "c", "text": "all"}, ("a\nb", "c<end>")),
+        ("text", {"instruction": "a", "input": "", "output": "b"}, ("a\n", "b<end>")),
+        ("text", {"instruction": "a", "input": "b", "output": "c", "text": "all"}, ("a\nb\n", "c<end>")),
         ("pair", {"prompt": "a", "chosen": "b", "rejected": "c"}, ("a", "b<end>", "c<end>")),
-        ("pair", {"question": "a", "pos_resp": "b", "neg_resp": "c"}, ("a", "b<end>", "c<end>")),
-        ("prompt", {"question": "a", "answer": "5"}, ("a",)),
+        ("pair", {"question": "a", "pos_resp": "b", "neg_resp": "c"}, ("a\n", "b<end>", "c<end>")),
+        ("prompt", {"question": "a", "answer": "5"}, ("a\n",)),
         # implicit prompts
         (
             "pair",
@@ -113,6 +113,28 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 )
 def test_forms_of_public_data_sets(chat, kind, entry, expected):
     assert parse(entry, kind, chat) == expected
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "history"])
+def test_lines_whose_system_prompt_would_be_lost_are_skipped(chat, tmp_path, capsys, key):
+    rows = [{"prompt": f"{i}", "completion": "b"} for i in range(10)]
+    path = write(tmp_path / "p.jsonl", [*rows, {"prompt": "a", "completion": "b", key: "Be rude."}])
+    assert len(rlhf.read_jsonl(chat, path, "text")) == 10
+    assert "skipped 1 lines; the first is line 11: it has a system or history" in capsys.readouterr().err
+
+
+def test_the_end_of_a_turn_ends_an_answer(tmp_path):
+    """Base models have another end token than the turns of their chat template."""
+    path = save_model(tmp_path / "model", transformers, "Llama", additional_special_tokens=["<turn>"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE.replace("<end>", "<turn>")
+    tokenizer.save_pretrained(path)
+    models = rlhf.Models(tiny(model=path))
+    entry = {"messages": [user("Hi"), assistant("Hello")]}
+    prompt, answer = rlhf.encode(models, *rlhf.parse_entry(models.tokenizer, entry, "text"))
+    assert models.tokenizer.decode(answer) == "Hello<turn>"
+    answers = rlhf.join(models, [prompt], [answer])
+    assert rlhf.decode(models, answers) == ["Hello"] and rlhf.finished_answers(models, answers).all()
 
 
 def test_a_text_without_a_prompt_begins_with_its_first_token(chat):

@@ -222,7 +222,7 @@ class TestScores:
         monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
         models = rlhf.Models(tiny(reward_function="taste:shout"))
         models.score_function = lambda prompts, answers: scores
-        with pytest.raises(rlhf.UserError, match="must be 2 finite numbers, not"):
+        with pytest.raises(rlhf.UserError, match="2 answers need 2 finite scores, not"):
             self.scores(models)
 
     @pytest.mark.parametrize("scores", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1, 2])], ids=str)
@@ -337,9 +337,9 @@ class TestFiles:
         [
             (
                 '{"prompt": "a", "completion": "b"',
-                "line 3: no JSON object with a prompt with completion, .*; messages; .* or text .*Expecting",
+                "line 3: expected a JSON object with a prompt with completion, .* or text .*Expecting",
             ),
-            ('{"prompt": "a"}', "line 3: no JSON object with"),
+            ('{"prompt": "a"}', "line 3: expected a JSON object with"),
             ('{"prompt": "a", "completion": 5}', "line 3: .*TypeError"),
             ('["prompt", "completion"]', "line 3"),
             ("5", "line 3"),
@@ -371,7 +371,7 @@ class TestFiles:
         assert read(path, "prompt") == [(str(i),) for i in range(10)]
         for content in (gzip.compress(lines.encode()), lines.encode("utf-16"), b"[" + lines.encode() + b"]"):
             path.write_bytes(content)
-            with pytest.raises(rlhf.UserError, match="is gzip, UTF-16 or a JSON array"):
+            with pytest.raises(rlhf.UserError, match="is gzip, UTF-16 or an array"):
                 read(path, "prompt")
 
     def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
