@@ -700,17 +700,16 @@ FORMS = {
 }
 
 
-def parse_entry(tokenizer: Any, entry: dict, kind: str) -> tuple[str, list[str], bool]:
-    """Find the prompt and the answers in a line of a file -> (prompt, answers, rendered).
+def parse_entry(entry: dict, kind: str) -> tuple[str | list, list]:
+    """Find prompt and answers in a line of a file: texts or lists of messages. kind is a key of FORMS.
 
-    kind is a key of FORMS. If any part is a list of messages, the whole line is rendered with the chat
-    template. Only the last turn of a conversation is an answer.
+    Only the last turn of a conversation is an answer.
     """
     require(not any(map(entry.get, ("system", "system_prompt", "history"))), "it has a system or history")
     prompt = next((entry[key] for key in PROMPT_KEYS if key in entry), None)
     if "prompt" not in entry and isinstance(prompt, str):
-        parts = (prompt, entry.get("input") or entry.get("context"))
-        prompt = "".join(f"{part}\n" for part in parts if part)  # such data have no separators
+        # such data have no separators
+        prompt = "".join(f"{x}\n" for x in (prompt, entry.get("input") or entry.get("context")) if x)
     turns = ((ROLES.get(x["from"], x["from"]), x["value"]) for x in entry.get("conversations", ()))
     messages = entry.get("messages") or [{"role": role, "content": content} for role, content in turns]
     if kind == "pair":
@@ -730,13 +729,18 @@ def parse_entry(tokenizer: Any, entry: dict, kind: str) -> tuple[str, list[str],
     elif prompt is None:
         start = os.path.commonprefix(answers).rindex(TURN) + len(TURN)  # noqa: RUF071, characters
         prompt, answers = answers[0][:start], [answer[start:] for answer in answers]
+    return prompt, answers if kind != "prompt" else []
+
+
+def render(tokenizer: Any, prompt: str | list, answers: list) -> tuple[str, list[str], bool]:
+    """Return prompt and answers as texts, and whether the chat template was used: for lists of messages."""
     if not any(isinstance(x, list) for x in (prompt, *answers)):
         "".join((prompt, *answers)).encode()  # raises for values that are not text and for half a surrogate
         return prompt, answers, False
     chat = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     texts = []
-    for answer in answers if kind != "prompt" else ():
+    for answer in answers:
         answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(chat + answer, tokenize=False)
         texts.append(text[len(prompt) :] if text.startswith(prompt) else answer[0]["content"])
@@ -779,12 +783,10 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
     data, rows, skipped = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf"), [], []
     others = (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"[")
     require(not data.startswith(others), f"{path} is gzip, UTF-16 or an array, not lines of JSON in UTF-8")
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in ((n, x) for n, x in enumerate(data.splitlines(), 1) if x.strip()):
         try:
             entry = json.loads(line.decode())
-            rows.append(encode(models, *parse_entry(models.tokenizer, entry, kind), entry))
+            rows.append(encode(models, *render(models.tokenizer, *parse_entry(entry, kind)), entry))
         except UserError as error:
             skipped.append(f"line {number}: {error}")
         except Exception as error:  # templates and values of all types raise many kinds

@@ -40,7 +40,7 @@ def chat(tmp_path_factory):
 
 def parse(entry, kind, models):
     """Return what the models read: the text of the prompt and of each answer, with its end token."""
-    prompt, *answers = rlhf.encode(models, *rlhf.parse_entry(models.tokenizer, entry, kind))
+    prompt, *answers = rlhf.encode(models, *rlhf.render(models.tokenizer, *rlhf.parse_entry(entry, kind)))
     assert models.tokenizer.decode(prompt.ids) == prompt.text
     return prompt.text, *(models.tokenizer.decode(ids) for ids in answers)
 
@@ -131,14 +131,16 @@ def test_the_end_of_a_turn_ends_an_answer(tmp_path):
     tokenizer.save_pretrained(path)
     models = rlhf.Models(tiny(model=path))
     entry = {"messages": [user("Hi"), assistant("Hello")]}
-    prompt, answer = rlhf.encode(models, *rlhf.parse_entry(models.tokenizer, entry, "text"))
+    prompt, answer = rlhf.encode(models, *rlhf.render(models.tokenizer, *rlhf.parse_entry(entry, "text")))
     assert models.tokenizer.decode(answer) == "Hello<turn>"
     answers = rlhf.join(models, [prompt], [answer])
     assert rlhf.decode(models, answers) == ["Hello"] and rlhf.finished_answers(models, answers).all()
 
 
 def test_a_text_without_a_prompt_begins_with_its_first_token(chat):
-    prompt, answer = rlhf.encode(chat, *rlhf.parse_entry(chat.tokenizer, {"text": "My lamp leaks"}, "text"))
+    prompt, answer = rlhf.encode(
+        chat, *rlhf.render(chat.tokenizer, *rlhf.parse_entry({"text": "My lamp leaks"}, "text"))
+    )
     assert chat.tokenizer.decode([*prompt.ids, *answer]) == "My lamp leaks<end>"
     assert prompt.text == "" and len(prompt.ids) == 1
 
@@ -171,7 +173,7 @@ class TestSpecialTokens:
         for ids in (rlhf.encode(models, text)[0].ids for text in texts):
             assert ids.count(bos) == 1 and ids[0] == bos
         entry = {"messages": [user("Hi"), assistant("Hello")]}
-        prompt, answer = rlhf.encode(models, *rlhf.parse_entry(models.tokenizer, entry, "text"))
+        prompt, answer = rlhf.encode(models, *rlhf.render(models.tokenizer, *rlhf.parse_entry(entry, "text")))
         assert prompt.ids.count(bos) == 1 and bos not in answer
         assert prompt.text == "<s>" + ASKED
 
