@@ -24,7 +24,8 @@ import time
 import torch
 from common import in_fresh_process, load, measured
 
-HALF_CHEETAH = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10)
+HALF_CHEETAH = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=2048)
+HALF_CHEETAH |= dict(num_minibatches=32, update_epochs=10, target_kl=None)
 CART_POLE = dict(env_id="CartPole-v1", num_envs=4, num_steps=128, num_minibatches=4, update_epochs=4)
 BREAKOUT = dict(env_id="ALE/Breakout-v5", num_envs=8, num_steps=128, num_minibatches=4, update_epochs=4)
 WORK = {

@@ -67,7 +67,7 @@ def control(hidden: tuple[int, int], **options: object) -> tuple[float, float]:
         ppo.mlp_parameters.__defaults__ = (hidden,)
         ppo.evaluate = lambda *_: [0.0]
 
-    work = dict(env_id="HalfCheetah-v5", num_minibatches=32, update_epochs=10)
+    work = dict(env_id="HalfCheetah-v5", num_minibatches=32, update_epochs=10, target_kl=None)
     work |= dict(total_timesteps=ROWS * ITERATIONS)
     return train("ppo_continuous", prepare, **work, **options)
 

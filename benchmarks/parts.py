@@ -62,7 +62,12 @@ def milliseconds(compile: bool) -> list[float]:
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
         job = dict(env_id="HalfCheetah-v5", num_envs=1, num_steps=ROWS, num_minibatches=32, update_epochs=10)
-        job |= dict(total_timesteps=ROWS * ITERATIONS, checkpoint_every=ITERATIONS, run_dir=f"{folder}/run")
+        job |= dict(
+            target_kl=None,
+            total_timesteps=ROWS * ITERATIONS,
+            checkpoint_every=ITERATIONS,
+            run_dir=f"{folder}/run",
+        )
         ppo.train(ppo.Args(**job, compile=compile))
     *parts, whole = (
         1000 * statistics.median(b[name] - a[name] for a, b in itertools.pairwise(snapshots))

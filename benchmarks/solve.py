@@ -32,6 +32,7 @@ COMMANDS = {  # as on the command line: --num-envs 16 ...
         gamma=0.9,
         learning_rate=2e-3,
         lr_kl_target=None,
+        target_kl=None,
         anneal_lr=False,
         log_std_init=0.0,
         total_timesteps=60_000,

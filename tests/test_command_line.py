@@ -277,6 +277,7 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
         update_epochs=10,
         learning_rate=3e-4,
         lr_kl_target=None,
+        target_kl=None,
         gamma=0.99,
         gae_lambda=0.95,
         log_std_init=0.0,
