@@ -1,4 +1,4 @@
-"""Draw results/learning.csv, penalty.csv and rlhf.csv as PNG files and print the tables for README.md.
+"""Draw learning.csv, penalty.csv, rlhf.csv and rlhf_real.csv of results/ as PNG files and print their tables.
 
 python benchmarks/plot.py
 """
@@ -29,6 +29,8 @@ def main() -> None:
     compare([row for row in rows if row["variant"] == "adaptive"], clip)
     with (RESULTS / "rlhf.csv").open() as file:
         draw_rlhf(list(csv.DictReader(file)))
+    with (RESULTS / "rlhf_real.csv").open() as file:
+        draw_real(list(csv.DictReader(file)))
 
 
 def draw(script: str, rows: list[dict[str, str]]) -> None:
@@ -52,6 +54,8 @@ def draw(script: str, rows: list[dict[str, str]]) -> None:
         panel.set_title(task, fontsize=10)
         panel.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:.0f}k")
         panel.grid(alpha=0.3)
+    for panel in panels.flat[len(curves) :]:
+        panel.remove()
     panels.flat[0].legend(fontsize=7)
     figure.supxlabel("environment steps")
     figure.supylabel("return (line: training, dot: evaluation)")
@@ -133,6 +137,31 @@ def draw_rlhf(rows: list[dict[str, str]]) -> None:
     print("| seed | " + " | ".join(names) + " |\n|-|" + "-|" * len(names))
     for seed, values in evaluations.items():
         print(f"| {seed} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |")
+
+
+def draw_real(rows: list[dict[str, str]]) -> None:
+    """Draw reward and KL of each seed and job, and print the first and last tenth of each run."""
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    figure, panels = plt.subplots(
+        len(jobs), 2, figsize=(7, 3 * len(jobs)), squeeze=False, layout="constrained"
+    )
+    print("| job | seed | reward, first tenth | reward, last tenth | KL |\n|-|-|-|-|-|")
+    for line, job in zip(panels, jobs, strict=True):
+        for seed in dict.fromkeys(row["seed"] for row in rows if row["job"] == job):
+            run = [row for row in rows if (row["job"], row["seed"]) == (job, seed)]
+            for panel, name in zip(line, ("reward", "kl"), strict=True):
+                points = [(int(row["answers"]), float(row[name])) for row in run]
+                panel.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
+                panel.set_title(f"{job}: {name}", fontsize=10)
+                panel.grid(alpha=0.3)
+            tenth = max(1, len(run) // 10)
+            means = [
+                statistics.mean(float(row["reward"]) for row in part) for part in (run[:tenth], run[-tenth:])
+            ]
+            print(f"| {job} | {seed} | {means[0]:.2f} | {means[1]:.2f} | {float(run[-1]['kl']):.1f} |")
+    panels[0][0].legend(fontsize=7)
+    figure.supxlabel("answers")
+    figure.savefig(RESULTS / "rlhf_real.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,12 @@ def sentiment_options() -> dict:
         plain.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     asked = [request.format(topic) for request in REQUESTS for topic in TOPICS]
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    empty = {"role": "system", "content": ""}  # without it the template adds a long one
+    rows = [{"messages": [empty, {"role": "user", "content": text}]} for text in asked]
     return dict(
         model=str(folder), skip_sft=True, prompt_data=write("requests.jsonl", rows),
         reward_function="rlhf_real:sentiment", total_episodes=1536, batch_size=64, num_minibatches=4,
-        micro_batch_size=16, update_epochs=1, answer_length=24, context=96, learning_rate=1e-5,
+        micro_batch_size=16, update_epochs=1, answer_length=16, context=64, learning_rate=1e-5,
         critic_learning_rate=3e-5, kl_target=6.0, kl_coef=0.05, eos_penalty=0.0, eval_prompts=10,
         checkpoint_every=8,
     )  # fmt: skip
