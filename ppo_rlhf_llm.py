@@ -68,7 +68,7 @@ from tqdm import tqdm
 class Args:
     """RLHF: supervised fine-tuning, a reward model, then PPO with a KL penalty."""
 
-    total_episodes: int = 5120
+    total_episodes: int = 7680
     """answers of stage 3 over the whole run, rounded down to whole iterations"""
     learning_rate: float = 2e-4
     """step size of Adam in stage 3"""
