@@ -573,8 +573,8 @@ class Models(nn.Module):
         config = getattr(self.actor, "generation_config", None)  # which can have several end tokens
         ends = [self.tokenizer.eos_token_id, *np.atleast_1d(config and config.eos_token_id)]
         if getattr(self.tokenizer, "chat_template", None):  # and one that ends a turn
-            turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
-            rest = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("x")[2]
+            turns = [{"role": role, "content": "ANSWER"} for role in ("user", "assistant")]
+            rest = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
             token = tokenize(self.tokenizer, rest, special=False)[:1]
             ends += token if set(token) & set(self.tokenizer.all_special_ids) else []
         self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
