@@ -1523,8 +1523,8 @@ def save_checkpoint(run_dir, args, models, writer, history, data, optimizer, sta
         try:
             with open(f"{path}.tmp", "wb") as file:
                 torch.save(state | {"models": some, "optimizer": optimizer and optimizer.state_dict()}, file)
-        except RuntimeError as error:  # from torch, if the disk is full
-            raise OSError(f"cannot write {path}: {error}") from error
+        except RuntimeError as error:  # torch hides the reason, such as a full disk
+            raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
         os.replace(f"{path}.tmp", path)
 
 
