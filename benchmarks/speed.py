@@ -8,6 +8,7 @@ files of these scripts to measure again. README.md quotes the tables. Requires r
 """
 
 import csv
+import math
 import os
 import platform
 import statistics
@@ -102,8 +103,12 @@ def solve_table(rows: list[dict]) -> str:
             values(rows, "seconds", env_id=env_id, side=s)
             for s in ("defaults", "command", "stable_baselines3")
         ]
+        times = [[math.inf if math.isnan(x) else x for x in run] for run in times]  # nan: not solved
         medians = [statistics.median(x) for x in times]
-        cells = [f"{middle:.1f} ({max(x):.1f})" for middle, x in zip(medians, times, strict=True)]
+        worst = [
+            f"{max(x):.1f}" if max(x) < math.inf else f"{x.count(math.inf)} of {len(x)} never" for x in times
+        ]
+        cells = [f"{middle:.1f} ({x})" for middle, x in zip(medians, worst, strict=True)]
         lines.append([env_id, *cells, *(f"{x / medians[2]:.2f}" for x in medians[:2])])
     peer = "stable-baselines3, settings of its zoo"
     return table(["seconds to solve", "shipped defaults", "one command", peer, "ratios", ""], lines)
