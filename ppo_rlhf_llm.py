@@ -202,7 +202,7 @@ class Args:
             value, name = getattr(self, field.name), field.name
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (value == 0 and name in zero), f"{name} cannot be {value}")
-        require(not any((getattr(self, name) or 0) > 1 for name in lambdas), f"{lambdas} must be at most 1")
+        require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
         saved, scored = self.resume or self.evaluate, self.reward_model or self.reward_function
         rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
         require(2 <= self.eval_prompts <= HELD_OUT, f"eval_prompts must lie between 2 and {HELD_OUT}")
@@ -1289,7 +1289,7 @@ def train(args: Args) -> list[dict[str, float]]:
                 break
             optimizer.step()
         optimizer.zero_grad()  # frees the gradients
-        answer_kl = average((kl * mask).sum(1).mean()).item()
+        answer_kl = average((kl * mask).sum(1).mean()).item() if use_reference else math.nan
         if args.kl_target is not None and iteration >= args.critic_warmup:
             new_coef = adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
             models.kl_coef.fill_(new_coef)

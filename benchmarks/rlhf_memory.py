@@ -2,7 +2,7 @@
 
     python benchmarks/rlhf_memory.py                       write rlhf_memory.csv and rlhf_memory_run.csv
 
-rlhf_memory_run.csv: peak memory of a run of all three stages with a random GPT-2 of 98 million weights (one
+rlhf_memory_run.csv: peak memory of a run of all three stages with a random GPT-2 of 97 million weights (one
 answer per pass), beside what weights, gradients and Adam's moments need.
 rlhf_memory.csv: four models with the vocabulary of Bloom (250,880 tokens) and a hidden size of 64. A row is
 the peak memory of tensors, without the weights and gradients that exist before, while responses are assessed,

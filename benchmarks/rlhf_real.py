@@ -12,7 +12,7 @@ else 0.
 
 rlhf_real.csv has a row for each iteration: the mean reward of its answers and their KL from the model before
 PPO. rlhf_real_answers.csv has the answers to all held-out prompts before and after. Runs are kept in
-runs/rlhf_real; a run of sentiment takes half an hour on one core, one of arithmetic two minutes.
+runs/rlhf_real; a run of arithmetic takes half a minute, one of sentiment an hour or more on one core.
 """
 
 import csv

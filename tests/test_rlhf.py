@@ -535,10 +535,11 @@ class TestTrain:
         assert len(texts) == 16 and all(len(set(texts[i : i + 4])) == 1 for i in range(0, 16, 4))
         assert len(set(texts)) > 1
 
-    def test_a_fixed_coefficient_of_zero_needs_no_reference(self, run_dir, monkeypatch):
+    def test_a_fixed_coefficient_of_zero_needs_no_reference(self, run_dir, monkeypatch, capsys):
         assessed = record(monkeypatch, "assess")
         history = rlhf.train(tiny(run_dir, kl_coef=0.0, kl_target=None))
         assert "rlhf/kl" not in history[0] and "eval/kl" in curve(run_dir)
+        assert "KL nan" in capsys.readouterr().err  # the progress bar does not claim a KL of 0
         unused = [inputs for inputs, _ in assessed if inputs[2:] == (False,)]
         assert len(unused) == 2
 
