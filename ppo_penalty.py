@@ -53,9 +53,9 @@ class Args:
     """Gymnasium id; `module:Name-v0` imports the module first"""
     total_timesteps: int = 120_000
     """environment steps of the run over all environments, rounded down to whole rollouts"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     """step size of Adam (alpha); with lr_kl_target, its upper limit"""
-    lr_kl_target: float | None = 0.04
+    lr_kl_target: float | None = None
     """KL of a minibatch, in nats, to which the learning rate is adapted (None or 0: not adapted)"""
     num_envs: int = 8
     """number of parallel environments (N), summed over all processes"""
@@ -67,7 +67,7 @@ class Args:
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
     """bias-variance trade-off of the advantages (lambda): 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches per epoch; N * T rows are divided among them"""
     update_epochs: int = 10
     """passes over each rollout (K)"""
@@ -83,9 +83,9 @@ class Args:
     """coefficient of the value loss (2 c1, because the loss has its own factor 0.5)"""
     max_grad_norm: float = 0.5
     """maximum global gradient norm"""
-    target_kl: float | None = None
+    target_kl: float | None = 0.03
     """stop the epochs at the first minibatch whose approx_kl exceeds this (None: never); not kl_target"""
-    log_std_init: float = -1.0
+    log_std_init: float = -0.5
     """initial log standard deviation of continuous actions, in units of half the action range"""
     norm_obs: bool = True
     """normalise observations by their running mean and standard deviation"""

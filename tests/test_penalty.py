@@ -173,8 +173,9 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
 @penalty
 def test_a_large_coefficient_holds_the_policy_back(ppo, tmp_path):
     moved = []
+    options = dict(kl_target=None, target_kl=None, learning_rate=1e-2, update_epochs=8)
     for kl_coef in (0.0, 1.0, 100.0):
         folder = tmp_path / str(kl_coef)
-        ppo.train(small(ppo, folder, kl_target=None, kl_coef=kl_coef, learning_rate=1e-2, update_epochs=8))
+        ppo.train(small(ppo, folder, kl_coef=kl_coef, **options))
         moved.append(sum(value for _, value in curve(folder)["losses/kl"]))
     assert moved[0] > 2 * moved[1] > 4 * moved[2]
