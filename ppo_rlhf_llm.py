@@ -24,7 +24,7 @@ Papers: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347; RLHF, Ziegl
 https://arxiv.org/abs/1909.08593; InstructGPT, Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
 Read from top to bottom: options, maths, models, data, stages, train(); the utilities come last.
 
-Left out: 1. adapters (LoRA) and quantisation; 2. inference servers; 3. top-k and top-p: the sampling
+Left out: 1. quantisation; 2. inference servers; 3. top-k and top-p: the sampling
 distribution must be the training distribution; 4. best-of-n, DPO and GRPO, which are other algorithms.
 
 Shapes: N answers of an iteration, B of a minibatch, P tokens of the longest prompt, L of the longest answer,
@@ -48,7 +48,7 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -132,10 +132,12 @@ class Args:
     """coefficient of the SFT loss in stage 3 (gamma of InstructGPT)"""
     model: str | None = None
     """causal language model of transformers, a folder or hub id, used in float32 (None: the built-in GPT)"""
-    reward_model: str | None = None
-    """sequence classifier of transformers with one label, instead of stage 2"""
     reward_function: str | None = None
     """MODULE:NAME of a function (prompts, answers, other keys of the lines) -> scores, instead of stage 2"""
+    lora_rank: int | None = None
+    """train adapters (LoRA) of this rank beside the frozen weights of --model (None: all weights)"""
+    gradient_checkpointing: bool = False
+    """store fewer activations of --model and compute them again for the gradient: slower, less memory"""
     skip_sft: bool = False
     """skip stage 1, because --model is already fine-tuned"""
     sft_data: str | None = None
@@ -198,12 +200,11 @@ class Args:
     def __post_init__(self) -> None:
         lambdas = ("gamma", "gae_lambda", "critic_lambda")
         zero = {"critic_warmup", "vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed", *lambdas}
-        for field in fields(self):  # no number is negative, and few are zero
-            value, name = getattr(self, field.name), field.name
+        for name, value in vars(self).items():  # no number is negative, and few are zero
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 require(value > 0 or (value == 0 and name in zero), f"{name} cannot be {value}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
-        saved, scored = self.resume or self.evaluate, self.reward_model or self.reward_function
+        saved = self.resume or self.evaluate
         rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
         require(2 <= self.eval_prompts <= HELD_OUT, f"eval_prompts must lie between 2 and {HELD_OUT}")
         require(saved or share > 1, f"advantages of {share} answer have no standard deviation")
@@ -214,11 +215,11 @@ class Args:
         require(self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
         require(self.kl_coef or self.kl_target is None, "kl_coef 0 cannot be adapted; use --kl-target None")
         require(rows <= self.kl_horizon or self.kl_target is None, f"kl_horizon must be at least {rows}")
-        require(not (self.reward_model and self.reward_function), "--reward-model excludes --reward-function")
-        learned = self.dense_reward or self.preference_data
-        require(not (scored and learned), "--dense-reward and --preference-data need stage 2, a reward model")
+        unused = self.reward_function and (self.dense_reward or self.preference_data)
+        require(not unused, "--dense-reward and --preference-data need stage 2, not a --reward-function")
         require(not (self.sft_data and self.skip_sft), "--skip-sft leaves out stage 1, so no --sft-data")
-        require(self.model or not self.skip_sft, "--skip-sft needs --model: the built-in one is untrained")
+        for name in ("skip_sft", "lora_rank", "gradient_checkpointing"):
+            require(self.model or not getattr(self, name), f"{name} needs --model, an already trained model")
         require(self.ptx_coef or not self.ptx_data, "--ptx-data needs --ptx-coef, which is 0")
         require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
         require(self.evaluate or not self.generate, "--generate needs --evaluate runs/NAME")
@@ -391,13 +392,12 @@ class Block(nn.Module):
         query, key, value = parts.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * heads, S, D / heads) each
         if past is not None:
             key, value = torch.cat((past[0], key), 1), torch.cat((past[1], value), 1)
-        cache = (key, value)
         x, query, bias = x[:, -keep:], query[:, -keep:], bias[:, -keep:]  # -0: all
         # for short texts this is faster than F.scaled_dot_product_attention
         scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.shape[-1]))
         attended = (scores.softmax(-1) @ value).unflatten(0, (-1, self.heads))
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.feed_forward_norm(x)))), cache
+        return x + self.down(F.relu(self.up(self.feed_forward_norm(x)))), (key, value)
 
 
 class Transformer(nn.Module):
@@ -430,8 +430,7 @@ class Transformer(nn.Module):
         bias = torch.where(allowed, self.slopes * (rows - new), -math.inf).flatten(0, 1)
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)
         cache = []
-        for i, block in enumerate(self.blocks):
-            past = past_key_values and past_key_values[i]
+        for block, past in zip(self.blocks, past_key_values or [None] * len(self.blocks), strict=True):
             x, keys_and_values = block(x, bias, past, keep if block is self.blocks[-1] else 0)
             cache.append(keys_and_values)
         return TrunkOutput(last_hidden_state=self.norm(x), past_key_values=cache)
@@ -459,17 +458,12 @@ class GPT(nn.Module):
         return self.base_model
 
 
-def load_pretrained(path: str, kind: str) -> tuple[nn.Module, Any]:
-    """Load a model of transformers in float32 and its tokenizer, from a folder or the hub."""
-    import transformers  # a large package, needed only here
-
-    model = getattr(transformers, "AutoModelFor" + kind).from_pretrained(path, dtype=torch.float32)
-    return model, transformers.AutoTokenizer.from_pretrained(path)
-
-
 def load_language_model(args: Args) -> tuple[nn.Module, Any]:
     """Load --model and its tokenizer; the padding token differs from the end token."""
-    model, tokenizer = load_pretrained(args.model, "CausalLM")
+    import transformers  # a large package, needed only here
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     name, positions = f"--model {args.model}", getattr(model.config, "max_position_embeddings", math.inf)
     cached = "past_key_values" in inspect.signature(model.forward).parameters
     require(cached and tokenizer.eos_token_id is not None, f"{name} has no key-value cache or no end token")
@@ -478,34 +472,47 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
         tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        for layer in model.modules():  # no dropout, although hidden_states() sets some to training mode
+            vars(layer).update({x: 0.0 for x, y in vars(layer).items() if "drop" in x and type(y) is float})
+    if args.lora_rank:  # in every linear layer but the last; only these weights are trained
+        import peft
+
+        peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, target_modules="all-linear"), model)
     return model, tokenizer
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy a model; weights that are not trained, those beside adapters, are shared instead."""
+    return copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad})
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose adapters are added to the weights."""
+    model = copy.deepcopy(model)
+    for name, layer in [(name, x) for name, x in model.named_modules() if hasattr(x, "get_base_layer")]:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    return model
+
+
 def load_score_function(args: Args) -> Callable | None:
-    """Load --reward-function or --reward-model as (prompts, answers) -> scores, or None for stage 2."""
-    if args.reward_function:
-        sys.path.insert(0, os.getcwd())
-        try:
-            function = pkgutil.resolve_name(args.reward_function)
-        except (AttributeError, ValueError) as error:
-            raise UserError(f"--reward-function {args.reward_function}: {error}") from error
-
-        def call_function(prompts: Sequence[Prompt], answers: list[str]) -> Any:
-            named = {k: [p.fields.get(k) for p in prompts] for k in set().union(*(p.fields for p in prompts))}
-            return call(function, [prompt.text for prompt in prompts], answers, **named)
-
-        return call_function
-    if not args.reward_model:
+    """Load --reward-function as (prompts, answers) -> scores, or None for stage 2."""
+    if not args.reward_function:
         return None
-    classifier, tokenizer = load_pretrained(args.reward_model, "SequenceClassification")
-    require(classifier.config.num_labels == 1, f"--reward-model {args.reward_model} must have one label")
-    classifier.to("cuda" if args.cuda else "cpu").eval()
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = pkgutil.resolve_name(args.reward_function)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"--reward-function {args.reward_function}: {error}") from error
 
-    def classify(prompts: Sequence[Prompt], answers: list[str]) -> list[float]:
-        rows = [tokenize(tokenizer, p.text + x) for p, x in zip(prompts, answers, strict=True)]  # not padded
-        return [classifier(torch.tensor([row]).to(classifier.device)).logits.item() for row in rows]
+    def score_texts(prompts: Sequence[Prompt], answers: list[str]) -> Any:
+        keys = set().union(*(prompt.fields for prompt in prompts))
+        named = {key: [prompt.fields.get(key) for prompt in prompts] for key in keys}
+        return call(function, [prompt.text for prompt in prompts], answers, **named)
 
-    return classify
+    return score_texts
 
 
 def call(function: Callable, *inputs: Any, **named: Any) -> Any:
@@ -519,6 +526,8 @@ def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor, length: int)
     # positions count from the first real token, so that padding on the left does not shift them
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+    for layer in trunk.modules():  # gradient checkpointing of transformers needs layers in training mode
+        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
     return call(trunk, **inputs, use_cache=False, keep=length).last_hidden_state[:, -length:]
 
 
@@ -564,10 +573,10 @@ class Models(nn.Module):
         else:
             self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
         width = self.actor.get_output_embeddings().weight.shape[1]
-        self.reference = copy.deepcopy(self.actor).requires_grad_(False)  # the SFT model after stage 1
-        self.critic = ScalarModel(copy.deepcopy(self.actor.get_decoder()), width)
+        self.critic = ScalarModel(copy_model(self.actor.get_decoder()), width)
         self.score_function = load_score_function(args)
-        self.reward = None if self.score_function else copy.deepcopy(self.critic)
+        self.reward = None if self.score_function else copy_model(self.critic)
+        self.reference = copy_model(self.actor).requires_grad_(False)  # the SFT model after stage 1
         self.register_buffer("score_moments", torch.tensor([0.0, 1.0]))  # mean and deviation
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
         config = getattr(self.actor, "generation_config", None)  # which can have several end tokens
@@ -664,14 +673,13 @@ def built_in_data(models: Models) -> Data:
     cases = [(ask, item, problem) for ask in ASKS for item in ITEMS for problem in PROBLEMS]
     draw.shuffle(cases)
 
-    def text(case: tuple[str, str, str]) -> tuple[Prompt, list[int]]:
-        ask, item, problem = case
+    def text(ask: str, item: str, problem: str) -> tuple[Prompt, list[int]]:
         return encode(models, ask.format(item=item, problem=problem) + "\n", [answer(item, problem)])
 
     held_out, others = cases[:HELD_OUT], cases[HELD_OUT:]
-    texts = [text(draw.choice(others)) for _ in range(args.num_texts)]
-    held_out_texts = [text(case) for case in held_out]
-    prompts, held_out_prompts = [text(case)[0] for case in others], [prompt for prompt, _ in held_out_texts]
+    texts = [text(*draw.choice(others)) for _ in range(args.num_texts)]
+    held_out_texts = [text(*case) for case in held_out]
+    prompts, held_out_prompts = [text(*case)[0] for case in others], [prompt for prompt, _ in held_out_texts]
     return Data(texts, prompts, held_out_texts, held_out_prompts, gold_score)
 
 
@@ -816,11 +824,10 @@ def load_data(models: Models) -> Data:
     prompts = read_jsonl(models, args.prompt_data, "prompt") if args.prompt_data else texts + pairs
     ptx_texts = read_jsonl(models, args.ptx_data, "text") if args.ptx_data else []
     if not (texts or pairs or prompts):
-        data = built_in_data(models)
-        return replace(data, ptx_texts=ptx_texts or data.texts)
+        return replace(built_in_data(models), ptx_texts=ptx_texts)
     prompts = [(prompt,) for prompt in {row[0].text: row[0] for row in prompts if row[0].text}.values()]
     require(texts or args.skip_sft, "stage 1 needs --sft-data, or --skip-sft")
-    require(pairs or models.score_function, "stage 2 needs --preference-data, or a --reward-model")
+    require(pairs or models.score_function, "stage 2 needs --preference-data, or a --reward-function")
     require(len(prompts) >= 10, "stage 3 needs --prompt-data with at least 10 prompts")
     require(ptx_texts or texts or not args.ptx_coef, "--ptx-coef needs --ptx-data")
     draw, held_out, split = random.Random(derive_seed(args.seed, 0)), set(), []
@@ -833,7 +840,7 @@ def load_data(models: Models) -> Data:
             split.append([row for row in rows if (prompt_key(row) in held_out) == kept])
     texts, texts_out, prompts, prompts_out, pairs, pairs_out = split
     prompts, prompts_out = ([prompt for (prompt,) in rows] for rows in (prompts, prompts_out))
-    return Data(texts, prompts, texts_out, prompts_out, None, pairs, pairs_out, ptx_texts or texts)
+    return Data(texts, prompts, texts_out, prompts_out, None, pairs, pairs_out, ptx_texts)
 
 
 class Answers(NamedTuple):
@@ -869,6 +876,7 @@ def generate(models: Models, model: nn.Module, prompts: Sequence[Prompt]) -> tup
 
     Without a filter such as top-k: the sampling distribution is the one that is trained.
     """
+    models.eval()  # layers in training mode do not use the cache
     tokens, attention, _ = join(models, prompts, [[]] * len(prompts))
     ids, positions, cache = [tokens], (attention.cumsum(1) - 1).clamp(min=0), None
     alive, mask, logprobs = torch.ones_like(tokens[:, :1], dtype=torch.bool), [], []
@@ -1223,14 +1231,14 @@ def train(args: Args) -> list[dict[str, float]]:
 
     learners = [models.actor, models.critic]
     # epsilon 1e-5 is TensorFlow's, as in Ziegler et al.; with 1e-8 the first KLs are several times higher
-    optimizer = torch.optim.Adam([{"params": x.parameters()} for x in learners], eps=1e-5, fused=True)
+    groups = [{"params": [x for x in model.parameters() if x.requires_grad]} for model in learners]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.pop("optimizer") or optimizer.state_dict())
     num_prompts = args.batch_size // WORLD_SIZE // args.answers_per_prompt  # of this process
     critic_lambda = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
     use_reference = args.kl_coef > 0 or args.kl_target is not None
-    iterations = range(first_iteration, args.num_iterations)
     options = {"total": args.num_iterations, "initial": first_iteration, "disable": RANK > 0}
-    for iteration in (progress := tqdm(iterations, "stage 3, PPO", **options)):
+    for iteration in (progress := tqdm(range(first_iteration, args.num_iterations), "stage 3", **options)):
         if iteration % args.checkpoint_every == 0:
             save(optimizer, 2, iteration, step)
         started, step = time.perf_counter(), step + args.batch_size
@@ -1278,9 +1286,9 @@ def train(args: Args) -> list[dict[str, float]]:
             optimizer.zero_grad()
             parts, new_logprobs = add_gradients(models, minibatch, in_loss)
             if args.ptx_coef:
-                chosen = torch.randint(len(data.ptx_texts), (args.minibatch_size // WORLD_SIZE,)).tolist()
-                some = [data.ptx_texts[i] for i in chosen]
-                ptx_losses.append(accumulate(models, lm_loss, some, args.ptx_coef))
+                texts = data.ptx_texts or data.texts
+                chosen = torch.randint(len(texts), (args.minibatch_size // WORLD_SIZE,)).tolist()
+                ptx_losses.append(accumulate(models, lm_loss, [texts[i] for i in chosen], args.ptx_coef))
             grad_norms = torch.stack([clip_gradient(x, args.max_grad_norm) for x in learners])
             losses.append(torch.cat((average(parts), grad_norms)))
             mb_acted = minibatch.mask[:, :num_actions]
@@ -1414,11 +1422,9 @@ def evaluate(models: Models, data: Data, writer=None, step: int = 0) -> dict[str
     form = "{}\n  before: {!r} ({judge} {:.1f})\n  after:  {!r} ({judge} {:.1f})"
     samples = [form.format(*row, judge=judge) for row in rows[:20]]
     print("\n" + "\n\n".join(samples[:6]))
-    print(
-        f"\nevaluation: better than SFT for {win_rate:.1%} +- {error:.1%} of {len(rows)} prompts, "
-        f"{judge} {before.mean():.2f} -> {after.mean():.2f}, KL {kl:.2f} nats, {lengths:.1f} tokens, "
-        f"{finished:.1%} finished, {distinct:.0%} distinct"
-    )
+    change = f"{judge} {before.mean():.2f} -> {after.mean():.2f}, KL {kl:.2f} nats, {lengths:.1f} tokens"
+    rates = f"{change}, {finished:.1%} finished, {distinct:.0%} distinct"
+    print(f"\nevaluation: better than SFT for {win_rate:.1%} +- {error:.1%} of {len(rows)} prompts, {rates}")
     if writer:
         writer.add_text("answers", textwrap.indent("\n\n".join(samples), "    "), step)
         for name, value in metrics.items():
@@ -1513,10 +1519,11 @@ def save_checkpoint(run_dir, args, models, writer, history, data, optimizer, sta
         return
     state = {"script": SCRIPT, "format": FORMAT, "args": vars(args) | {"resume": None, "evaluate": None}}
     state |= {"stage": stage, "iteration": iteration, "step": step, "history": history, "data": data}
-    weights, frozen = models.state_dict(), ("reference.", "reward.") if stage == 2 else ()
-    saved = {run_dir: {name: x for name, x in weights.items() if not name.startswith(frozen)}}
+    weights, named = models.state_dict(), models.named_parameters(remove_duplicate=False)
+    frozen = {x for x, y in named if stage == 2 and (x.startswith("reward.") or not y.requires_grad)}
+    saved = {run_dir: {name: x for name, x in weights.items() if name not in frozen}}
     if stage == 2 and iteration == 0:
-        saved[run_dir / "frozen"] = {name: x for name, x in weights.items() if name.startswith(frozen)}
+        saved[run_dir / "frozen"] = {name: weights[name] for name in frozen}
     for folder, some in reversed(saved.items()):
         path = folder / "checkpoint.pt"
         folder.mkdir(exist_ok=True)
@@ -1532,7 +1539,7 @@ def save_policy(models: Models, folder: Path) -> None:
     """Save the actor and its tokenizer for transformers; of the built-in GPT the weights."""
     folder.mkdir(exist_ok=True)
     if models.args.model:
-        models.actor.save_pretrained(folder)
+        (merge_adapters(models.actor) if models.args.lora_rank else models.actor).save_pretrained(folder)
         models.tokenizer.save_pretrained(folder)
     else:
         torch.save(models.actor.state_dict(), folder / "gpt.pt")
@@ -1565,10 +1572,7 @@ def main() -> None:
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show all characters
         args = parse_args()
-        if args.evaluate:
-            answer(args)
-        else:
-            train(args)
+        (answer if args.evaluate else train)(args)
         if dist.is_initialized():
             dist.destroy_process_group()
         if RANK > 0:

@@ -3,7 +3,7 @@
     python benchmarks/rlhf_memory.py                       write rlhf_memory.csv and rlhf_memory_run.csv
 
 rlhf_memory_run.csv: peak memory of a run of all three stages with a random GPT-2 of 97 million weights (one
-answer per pass), beside what weights, gradients and Adam's moments need.
+answer per pass), beside what weights, gradients and Adam's moments need; of all weights and of adapters.
 rlhf_memory.csv: four models with the vocabulary of Bloom (250,880 tokens) and a hidden size of 64. A row is
 the peak memory of tensors, without the weights and gradients that exist before, while responses are assessed,
 while a minibatch computes its gradients (with the exact KL in the loss), and while stage 1 computes its
@@ -51,8 +51,11 @@ def measure(rlhf: ModuleType, models: torch.nn.Module, answers: int, chunk: int)
     return row
 
 
-def measure_run() -> None:
-    """Run all stages with a random model and print its number of weights, the memory before, and the peak."""
+def measure_run(lora_rank: int | None) -> None:
+    """Run all stages with a random model.
+
+    Print its number of weights, the numbers that the run keeps, the memory before, and the peak, in MiB.
+    """
     import json
     import tempfile
 
@@ -67,7 +70,7 @@ def measure_run() -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="o", pad_token="p")
         tokenizer.save_pretrained(folder)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=16_000, n_positions=64, eos_token_id=14))
-        weights, trunk = model.num_parameters(), model.transformer.num_parameters()
+        weights = model.num_parameters()
         model.save_pretrained(folder)
         del model
         rows = [
@@ -77,22 +80,28 @@ def measure_run() -> None:
         data = dict.fromkeys(("sft_data", "preference_data"), f"{folder}/data.jsonl")
         work = dict(batch_size=4, num_minibatches=1, micro_batch_size=1, answer_length=8, context=32)
         work |= dict(total_episodes=8, eval_prompts=2, sft_epochs=1)
-        rlhf.train(rlhf.Args(model=folder, **data, **work, run_dir=f"{folder}/run"))
-        print(weights, trunk, before, peak_mebibytes())
+        rlhf.train(rlhf.Args(model=folder, lora_rank=lora_rank, **data, **work, run_dir=f"{folder}/run"))
+        peak = peak_mebibytes()
+        kept = rlhf.Models(rlhf.Args(model=folder, lora_rank=lora_rank, context=32, answer_length=8))
+        numbers = sum(x.numel() for x in kept.parameters())
+        for model in (kept.actor, kept.critic):  # gradient and two moments
+            numbers += 3 * sum(x.numel() for x in model.parameters() if x.requires_grad)
+        print(weights, numbers, before, peak)
 
 
 def main() -> None:
-    if sys.argv[1:] == ["run"]:
-        measure_run()
+    if sys.argv[1:2] == ["run"]:
+        measure_run(int(sys.argv[2]) or None)
         return
-    weights, trunk, before, peak = map(float, in_fresh_process("run"))
-    # two whole models, two trunks (reward model, critic); gradients and two moments of actor and critic
-    needed = (2 * weights + 2 * trunk + 3 * (weights + trunk)) * 4 / 2**20
     with open(RESULTS.with_name("rlhf_memory_run.csv"), "w", newline="") as file:
-        names = ["weights", "needed_mib", "imports_mib", "peak_mib", "ratio"]
-        row = [int(weights), round(needed), round(before), round(peak), round((peak - before) / needed, 3)]
-        csv.writer(file).writerows([names, row])
-        print(dict(zip(names, row, strict=True)))
+        table = csv.writer(file)
+        table.writerow(["lora_rank", "weights", "needed_mib", "imports_mib", "peak_mib", "ratio"])
+        for rank in (0, 16):  # 0: all weights are trained
+            weights, numbers, before, peak = map(float, in_fresh_process("run", rank))
+            needed = numbers * 4 / 2**20
+            row = [rank, int(weights), round(needed), round(before), round(peak)]
+            table.writerow([*row, round((peak - before) / needed, 3)])
+            print(*row, flush=True)
     spec = importlib.util.spec_from_file_location("ppo_rlhf_llm", ROOT / "ppo_rlhf_llm.py")
     rlhf = sys.modules["ppo_rlhf_llm"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rlhf)

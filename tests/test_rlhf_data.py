@@ -177,16 +177,6 @@ class TestSpecialTokens:
         assert prompt.ids.count(bos) == 1 and bos not in answer
         assert prompt.text == "<s>" + ASKED
 
-    def test_a_classifier_does_not_read_the_first_token_twice(self, tmp_path):
-        models = self.models(tmp_path, "<s> $A")
-        path = save_model(
-            tmp_path / "reward", transformers, "Llama", "SequenceClassification", bos_token="<s>"
-        )
-        models.tokenizer.save_pretrained(path)  # which adds <s>
-        score = rlhf.load_score_function(rlhf.Args(reward_model=path))
-        once, twice = (rlhf.Prompt(text, [], {}) for text in ("My lamp", "<s>My lamp"))
-        assert score([once], [" leaks"]) == score([twice], [" leaks"])
-
     def test_a_prompt_does_not_end_with_an_end_token_that_the_tokenizer_adds(self, tmp_path):
         models = self.models(tmp_path, "<s> $A <end>")
         prompt, answer = rlhf.encode(models, "My lamp", ["Sorry"])

@@ -6,16 +6,17 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from suite import curve, resumed
+from suite import ROOT, curve, resumed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_command_line import refusal
 from test_resume import assert_same_run
-from test_rlhf import encoded, prompts_of, rlhf, tiny, train_and_stop
+from test_rlhf import encoded, prompts_of, rlhf, rows, tiny, train_and_stop
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -51,6 +52,15 @@ def save_model(folder, transformers, kind, head="CausalLM", **special):
     sizes = {
         "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
         "Bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),
+        "OPT": dict(
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            dropout=0.5,
+        ),
     }
     sizes["Llama"] = sizes["Qwen2"] = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -127,6 +137,87 @@ class TestEachKindOfModel:
         rlhf.check_models(models, prompts_of(models, [prompt for prompt, _, _ in PAIRS[4:8]]), fresh=True)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft on the transposed layers of GPT-2
+@pytest.mark.parametrize("kind", KINDS)
+class TestAdapters:
+    """--lora-rank: actor, critic and reward model are adapters beside one frozen model."""
+
+    @pytest.fixture
+    def path(self, kind, transformers, tmp_path):
+        pytest.importorskip("peft", reason="adapters need requirements-extra.txt")
+        return save_model(tmp_path / kind, transformers, kind)
+
+    def test_models_share_the_frozen_weights_and_train_only_adapters(self, kind, path):
+        models = rlhf.Models(tiny(model=path, lora_rank=2))
+        trained = {name for name, x in models.named_parameters() if x.requires_grad}
+        heads = {f"{model}.head.{part}" for model in ("critic", "reward") for part in ("weight", "bias")}
+        assert heads <= trained and all("lora_" in name for name in trained - heads)
+        assert not any(name.startswith("reference.") for name in trained)
+        full = rlhf.Models(tiny(model=path))
+        size = sum(x.numel() for x in full.actor.parameters())
+        frozen = [x for x in models.parameters() if not x.requires_grad and x.shape[0] > 2]
+        adapters = sum(x.numel() for name, x in models.reference.named_parameters() if "lora_" in name)
+        assert sum(x.numel() for x in frozen) <= size + adapters  # one copy for all four models
+        assert len({x.data_ptr() for x in frozen}) == len(frozen)
+
+    def test_at_the_start_actor_and_reference_are_the_model_that_was_loaded(self, kind, path):
+        torch.manual_seed(1)  # of the row for the padding token
+        full = rlhf.Models(tiny(model=path))
+        torch.manual_seed(1)
+        models = rlhf.Models(tiny(model=path, lora_rank=2))
+        prompts = prompts_of(models, [prompt for prompt, _, _ in PAIRS[4:8]])
+        rlhf.check_models(models, prompts, fresh=True)
+        answers, _ = rlhf.generate(models, models.actor, prompts)
+        assessed, expected = rlhf.assess(models, answers), rlhf.assess(full, answers)
+        assert (assessed.kl[answers.mask] == 0).all()
+        torch.testing.assert_close(assessed.logprobs, expected.logprobs)
+
+    def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
+        self, kind, path, transformers, files, tmp_path, monkeypatch
+    ):
+        options = dict(model=path, lora_rank=2, learning_rate=1e-2, sft_learning_rate=1e-2, **files)
+        one, other, made = tmp_path / "one", tmp_path / "other", []
+        check = rlhf.check_models
+        monkeypatch.setattr(rlhf, "check_models", lambda x, *y, **z: made.append(x) or check(x, *y, **z))
+        rlhf.train(tiny(one, **options))
+        torch.manual_seed(rlhf.derive_seed(1))  # as train() does
+        models, start = made[0], rlhf.Models(tiny(**options)).state_dict()
+        for name, x in models.state_dict().items():
+            if name.startswith(("actor.", "critic.trunk.", "reward.trunk.", "reference.")):
+                assert torch.equal(x, start[name]) != ("lora_" in name), name
+        assert any(not torch.equal(x, start[name]) for name, x in models.critic.named_parameters("critic"))
+        actor = transformers.AutoModelForCausalLM.from_pretrained(one / "policy")
+        assert not any("lora" in name for name, _ in actor.named_parameters())
+        ids = torch.tensor([models.tokenizer.encode("我的灯坏了。\n")])
+        torch.testing.assert_close(actor(ids).logits, models.actor(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (actor(ids).logits - models.reference(ids).logits).abs().max() > 0.01
+        frozen = {name for name, x in models.named_parameters(remove_duplicate=False) if not x.requires_grad}
+        assert not frozen & rlhf.load_checkpoint(one)["models"].keys()
+        train_and_stop(monkeypatch, tiny(other, **options), 4)
+        resumed(rlhf, other)
+        assert_same_run(rlhf, one, other)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT"])
+def test_gradient_checkpointing_stores_less_and_computes_the_same_gradient(kind, transformers, tmp_path):
+    """OPT has dropout in the layers themselves, which would be active in training mode."""
+    path, sizes, gradients = save_model(tmp_path / kind, transformers, kind), [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)  # of the row for the padding token
+        models = rlhf.Models(tiny(model=path, gradient_checkpointing=checkpointing))
+        answers = rows(models, [(prompt, chosen) for prompt, chosen, _ in PAIRS])
+        stored = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            states = rlhf.states_before(models, models.actor, answers)
+        states.square().sum().backward()
+        sizes.append(sum(stored))
+        gradients.append([x.grad for x in models.actor.parameters() if x.grad is not None])
+        rlhf.check_models(models, prompts_of(models, [prompt for prompt, _, _ in PAIRS[4:8]]), fresh=True)
+    assert sizes[1] < sizes[0] / 2
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class TestTokenizers:
     def test_every_end_token_of_the_generation_config_ends_an_answer(self, transformers, tmp_path):
         path = save_model(tmp_path / "model", transformers, "Llama")
@@ -191,16 +282,20 @@ class TestScores:
         assert scores.mean().abs() < 0.15
         assert abs(scores.std() - 1) < 0.15
 
-    def test_a_classifier_scores_texts_with_its_own_tokenizer(self, transformers, tmp_path):
+    def test_the_classifier_of_the_documentation_scores_texts(self, transformers, tmp_path, monkeypatch):
         path = save_model(tmp_path / "reward", transformers, "GPT2", "SequenceClassification")
-        models = rlhf.Models(tiny(reward_model=path))
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        (block,) = [block for block in blocks if "AutoModelForSequenceClassification" in block]
+        (tmp_path / "judge.py").write_text(block.replace("NAME", path))
+        monkeypatch.chdir(tmp_path)
+        models = rlhf.Models(tiny(reward_function="judge:score"))
         texts = [(prompt, answer) for prompt, answer, _ in PAIRS[:5]]
         prompts, tokens = zip(*encoded(models, texts), strict=True)
         answers = rlhf.join(models, prompts, tokens)
         scores = rlhf.at_end(rlhf.score(models, prompts, answers), answers.mask)
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        for score, (prompt, answer) in zip(scores, texts, strict=True):  # one at a time, so without padding
+        for score, (prompt, answer) in zip(scores, texts, strict=True):
             alone = classifier(torch.tensor([tokenizer.encode(prompt + answer)])).logits[0, 0]
             torch.testing.assert_close(score, alone, atol=1e-4, rtol=1e-4)
 
@@ -402,8 +497,6 @@ class TestFiles:
         texts = [(bytes(prompt.ids) + bytes(answer[:-1])).decode() for prompt, answer in data.ptx_texts]
         assert texts == [chosen for _, chosen, _ in PAIRS]
         assert data.labeller is rlhf.gold_score
-        models = rlhf.Models(tiny())
-        assert rlhf.load_data(models).ptx_texts == rlhf.built_in_data(models).texts
 
     def test_what_is_held_out_is_not_learned_from(self, files):
         data = rlhf.load_data(rlhf.Models(tiny(**files)))
@@ -427,7 +520,7 @@ class TestFiles:
         ("options", "message"),
         [
             (["preference_data"], "stage 1 needs --sft-data, or --skip-sft"),
-            (["sft_data"], "stage 2 needs --preference-data, or a --reward-model"),
+            (["sft_data"], "stage 2 needs --preference-data, or a --reward-function"),
         ],
     )
     def test_a_file_that_is_missing_is_named(self, files, options, message):
@@ -449,11 +542,12 @@ def test_the_logged_answers_speak_of_gold_only_where_a_labeller_gives_it(run_dir
         ("--model nowhere/at-all", "huggingface.co"),
         ("--reward-function nothing:at_all", "No module named 'nothing'"),
         ("--reward-function math:none", "--reward-function math:none: "),
-        ("--reward-function math:sqrt --reward-model x", "--reward-model excludes --reward-function"),
-        ("--reward-function math:sqrt --dense-reward", "need stage 2, a reward model"),
-        ("--reward-function math:sqrt --preference-data x", "need stage 2, a reward model"),
+        ("--reward-function math:sqrt --dense-reward", "need stage 2, not a --reward-function"),
+        ("--reward-function math:sqrt --preference-data x", "need stage 2, not a --reward-function"),
         ("--skip-sft --model x --sft-data y", "--skip-sft leaves out stage 1"),
-        ("--skip-sft", "--skip-sft needs --model"),
+        ("--skip-sft", "skip_sft needs --model"),
+        ("--lora-rank 4", "lora_rank needs --model"),
+        ("--gradient-checkpointing", "gradient_checkpointing needs --model"),
         ("--ptx-data x", "--ptx-data needs --ptx-coef"),
         ("--sft-data nowhere.jsonl", "nowhere.jsonl"),
     ],
