@@ -7,10 +7,13 @@ transfer to the host is counted. Since the CPU computes, results equal those wit
 
 import contextlib
 import importlib
+import re
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from suite import TIMED, curve, each_kind, small
+from suite import KINDS, SCRIPTS, TIMED, curve, small
 from test_rlhf import rlhf, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,6 +27,13 @@ INDEXING = {
     aten._index_put_impl_.default,
 }  # by tensors of the CPU
 transfers = []  # the operations that copied something to the host
+used = set()  # the names of all operations; of cumsum only for floating point
+# what torch.use_deterministic_algorithms() refuses on CUDA, by its documentation
+NONDETERMINISTIC = re.compile(
+    "(avg_pool[23]d|adaptive_|fractional_|max_pool3d|reflection_pad|upsample|grid_sampler|replication_pad)"
+    ".*backward|max_unpool|nll_loss|ctc_loss|embedding_bag|aten.put_|histc|bincount|kthvalue|median|cumsum"
+    "|scatter_reduce|resize_|_weight_norm"
+)
 
 
 class OnDevice(torch.Tensor):
@@ -62,6 +72,8 @@ class OnDevice(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is not aten.cumsum.default or args[0].is_floating_point():
+            used.add(str(function))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         elsewhere = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
         if elsewhere and function not in MOVES | INDEXING:
@@ -123,10 +135,50 @@ def test_the_emulation_finds_tensors_on_two_devices_and_counts_transfers(monkeyp
         assert len(transfers) == 2
 
 
-@each_kind
-def test_training_on_a_device_equals_training_on_the_cpu(ppo, tmp_path, monkeypatch):
-    returns = ppo.train(small(ppo, tmp_path / "cpu", target_kl=None))
-    args = small(ppo, tmp_path / "device", target_kl=None)
+def test_the_operations_that_are_not_deterministic_are_found(monkeypatch):
+    with emulated(monkeypatch) as device:
+        torch.ones(3).to(device).cumsum(0)
+    assert any(map(NONDETERMINISTIC.search, used))
+
+
+@pytest.fixture
+def deterministic():
+    """Assert that no operation of the test lacks a deterministic form on CUDA, as --cuda requires."""
+    used.clear()
+    yield
+    assert len(used) > 50 and not [name for name in used if NONDETERMINISTIC.search(name)]
+
+
+class Pixels(gym.Env):
+    """Random images in episodes of ten steps."""
+
+    observation_space = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return self.np_random.integers(256, size=(36, 36, 3), dtype=np.uint8)
+
+    def step(self, action):
+        self.steps += 1
+        return self.observe(), float(action), self.steps == 10, False, {}
+
+
+gym.register("Pixels-v0", Pixels)
+CASES = [(ppo, {}) for ppo in KINDS if hasattr(ppo, "make_envs")]
+CASES += [(ppo, {"env_id": "Pixels-v0"}) for ppo in SCRIPTS if hasattr(ppo, "nature_cnn")]
+
+
+@pytest.mark.parametrize(("ppo", "options"), CASES)
+@pytest.mark.usefixtures("deterministic")
+def test_training_on_a_device_equals_training_on_the_cpu(ppo, options, tmp_path, monkeypatch):
+    options = options | dict(target_kl=None)  # which reads the KL of every minibatch
+    returns = ppo.train(small(ppo, tmp_path / "cpu", **options))
+    args = small(ppo, tmp_path / "device", **options)
     gradient, counts = ppo.minibatch_gradient, []
 
     def counted(agent, *inputs):
@@ -145,6 +197,7 @@ def test_training_on_a_device_equals_training_on_the_cpu(ppo, tmp_path, monkeypa
         assert len(set(counts[first : first + per_iteration])) == 1
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_all_stages_of_rlhf_on_a_device_equal_those_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "HELD_OUT", 16)
     less = dict(kl_in="loss", num_texts=16, num_pairs=8, answer_length=8, total_episodes=16, eval_prompts=4)
