@@ -52,15 +52,13 @@ class Args:
     total_timesteps: int = 100_000
     """environment steps of the run over all environments, rounded down to whole rollouts"""
     learning_rate: float = 7e-4
-    """step size of Adam (alpha); with lr_kl_target, its upper limit"""
-    lr_kl_target: float | None = None
-    """KL of a minibatch, in nats, to which the learning rate is adapted (None or 0: not adapted)"""
+    """step size of Adam (alpha)"""
     num_envs: int = 8
     """number of parallel environments (N), summed over all processes"""
     num_steps: int = 256
     """steps of each environment per rollout (T)"""
     anneal_lr: bool = True
-    """decrease the learning rate linearly to zero (with lr_kl_target: this target, in the last quarter)"""
+    """decrease the learning rate linearly to zero"""
     gamma: float = 0.99
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
@@ -206,16 +204,6 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """
     logratio = new_logprobs - old_logprobs
     return (torch.expm1(logratio) - logratio).mean()
-
-
-def follow_kl(learning_rate: Tensor, kl: Tensor, kl_target: float, max_lr: float) -> Tensor:
-    """Divide the learning rate by 1.5 if kl > 2 * kl_target, multiply it by 1.5 if kl < kl_target / 2.
-
-    The result lies in [1e-5, max_lr]; an infinite kl_target lets it rise to max_lr. KL in nats. In Table 4 of
-    the paper the step size also follows the KL; this rule is from RSL-RL.
-    """
-    change = (kl < kl_target / 2).float() - (kl > 2 * kl_target).float()  # 1, 0 or -1
-    return (learning_rate * 1.5**change).clamp(1e-5, max_lr)
 
 
 def clip_fraction(new_logprobs: Tensor, old_logprobs: Tensor, clip_coef: float) -> Tensor:
@@ -495,12 +483,10 @@ def train(args: Args) -> list[float]:
     agent = make_agent(args, envs, checkpoint["agent"]).to(device)
     weights = flatten_parameters(agent)
     # not in the paper: epsilon 1e-5, as in openai/baselines (torch's default is 1e-8)
-    optimizer = torch.optim.Adam([weights], lr=torch.tensor(args.learning_rate), eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     gradient_of = compiled(minibatch_gradient, args) if args.compile else minibatch_gradient
     first_iteration, episode_returns = checkpoint["iteration"], checkpoint["episode_returns"]
     optimizer.load_state_dict(checkpoint["optimizer"] or optimizer.state_dict())
-    # a tensor on the device, so that changing it after each minibatch does not wait for the GPU
-    optimizer.param_groups[0]["lr"] = learning_rate = optimizer.param_groups[0]["lr"].to(device)
     writer = open_writer(args, run_dir, first_iteration * args.batch_size) if RANK == 0 else None
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     iterations = range(first_iteration, args.num_iterations)
@@ -521,8 +507,7 @@ def train(args: Args) -> list[float]:
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
         left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
-        kl_target = (min(1, 4 * left) if args.anneal_lr else 1) * (args.lr_kl_target or math.inf)
-        max_lr = args.learning_rate * (left if args.anneal_lr and not args.lr_kl_target else 1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
 
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
         policy, final_obs = agent.acting_policy(like=obs_now), {}
@@ -569,7 +554,6 @@ def train(args: Args) -> list[float]:
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
             if args.target_kl is not None and mb_metrics[3] > args.target_kl:
                 break
-            learning_rate.copy_(follow_kl(learning_rate, mb_metrics[3], kl_target, max_lr))
             optimizer.step()
         # updated last, because the networks must learn from the inputs that the acting policy saw
         agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
@@ -578,7 +562,7 @@ def train(args: Args) -> list[float]:
         scalars = {f"losses/{x}": y for x, y in zip(METRICS, torch.stack(metrics).mean(0), strict=True)}
         check_finite(step, **scalars, obs_var=agent.obs_moments.var)
         scalars["losses/explained_variance"] = explained_variance(values, returns)
-        scalars["charts/learning_rate"] = learning_rate
+        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
         if dones.any():
             scalars["charts/episodic_return"] = ended_returns.mean()
@@ -602,7 +586,7 @@ def train(args: Args) -> list[float]:
 # ---------------------------------------------------------------------------------------- the utilities
 
 
-SCRIPT, FORMAT = "ppo_continuous", 3  # checkpoint header
+SCRIPT, FORMAT = "ppo_continuous", 4  # checkpoint header
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
 

@@ -20,8 +20,10 @@ COLUMNS = ["variant", "task", "seed", "steps", "what", "value"]
 TARGETS = ["0.003", "0.01", "0.03"]
 VARIANTS = {"adaptive": ""}  # the defaults; for the others the controller alone limits the KL
 VARIANTS |= {f"target {target}": f"--kl-target {target} --target-kl None" for target in TARGETS}
+VARIANTS["no penalty"] = "--kl-coef 0 --kl-target None --target-kl None"
 TASKS = ["Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"]
 JOBS = [(f"target {target}", "HalfCheetah-v5", 1, 300_000) for target in TARGETS]
+JOBS += [("no penalty", "Pendulum-v1", seed, 120_000) for seed in (1, 2, 3)]
 JOBS += [("adaptive", task, seed, 1_000_000) for task in TASKS for seed in (1, 2, 3)]
 
 
@@ -30,7 +32,7 @@ class Options:
     """Options of this benchmark."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    tasks: list[str] = field(default_factory=lambda: ["Pendulum-v1", *TASKS])
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
 
 

@@ -31,7 +31,6 @@ COMMANDS = {  # as on the command line: --num-envs 16 ...
         update_epochs=10,
         gamma=0.9,
         learning_rate=2e-3,
-        lr_kl_target=None,
         target_kl=None,
         anneal_lr=False,
         log_std_init=0.0,

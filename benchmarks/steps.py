@@ -57,7 +57,9 @@ def ours(job: str, **options: bool) -> list[Moment]:
     ppo.explained_variance = lambda *x: moments.append(now()) or explained_variance(*x)
     ppo.evaluate = lambda *_: [0.0]
     with tempfile.TemporaryDirectory() as folder:
-        options |= WORK[job] | dict(learning_rate=3e-4, lr_kl_target=None, target_kl=None)
+        options |= WORK[job] | dict(learning_rate=3e-4, target_kl=None)
+        if hasattr(ppo, "follow_kl"):
+            options["lr_kl_target"] = None
         options |= dict(total_timesteps=rows(job) * ROLLOUTS[job])
         ppo.train(ppo.Args(**options, run_dir=f"{folder}/run"))
     return moments

@@ -144,7 +144,8 @@ def test_the_gradient_is_that_of_eq_8_and_without_a_coefficient_that_of_l_cpi(
     monkeypatch.setattr(kind, "logprobs", record_actions)
     monkeypatch.setattr(ppo, "surrogate_policy_loss", record_advantages)
     monkeypatch.setattr(ppo, "evaluate", lambda *_: [0.0])
-    options = dict(kl_target=None, kl_coef=kl_coef, learning_rate=1e-2, num_minibatches=1, update_epochs=2)
+    options = dict(kl_target=None, target_kl=None, kl_coef=kl_coef, learning_rate=1e-2)
+    options |= dict(num_minibatches=1, update_epochs=2)
     ppo.train(small(ppo, run_dir, max_grad_norm=math.inf, total_timesteps=128, **options))
 
     def policy(obs):

@@ -58,7 +58,7 @@ def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch)
 )
 def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes, tmp_path):
     options = dict(num_envs=6, num_steps=208, total_timesteps=2496, update_epochs=2, checkpoint_every=1)
-    options |= dict(learning_rate=0.02, lr_kl_target=0.004)  # the rate changes, in both processes alike
+    options |= dict(learning_rate=0.02)  # in ppo_discrete the KL changes it, in both processes alike
     torch.save(vars(small(ppo, tmp_path / "run", **options)), tmp_path / "options.pt")
     torchrun(processes, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, tmp_path)
     checkpoint, points = ppo.load_checkpoint(tmp_path / "run"), curve(tmp_path / "run")

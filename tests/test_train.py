@@ -89,33 +89,11 @@ class TestInvariants:
     def test_the_learning_rate_falls_to_zero_over_the_run_or_stays(self, ppo, tmp_path):
         for anneal_lr, rates in ((True, [1e-3, 7.5e-4, 5e-4, 2.5e-4]), (False, [1e-3] * 4)):
             folder = tmp_path / str(anneal_lr)
-            options = dict(learning_rate=1e-3, lr_kl_target=None, anneal_lr=anneal_lr)
+            options = dict(learning_rate=1e-3, anneal_lr=anneal_lr)
+            if hasattr(ppo, "follow_kl"):
+                options["lr_kl_target"] = None
             ppo.train(small(ppo, folder, **options))
             assert [rate for _, rate in curve(folder)["charts/learning_rate"]] == pytest.approx(rates)
-
-    def test_each_step_has_the_learning_rate_that_the_kl_of_its_minibatch_asks_for(
-        self, ppo, tmp_path, monkeypatch
-    ):
-        used, step = [], torch.optim.Adam.step
-
-        def record(optimizer, *inputs):
-            used.append(optimizer.param_groups[0]["lr"].item())
-            return step(optimizer, *inputs)
-
-        monkeypatch.setattr(torch.optim.Adam, "step", record)
-        kls = spy(monkeypatch, ppo, "approx_kl")
-        for anneal_lr, left in ((True, [1] * 7 + [0.5]), (False, [1] * 8)):  # a quarter of 8 is 2 iterations
-            used.clear(), kls.clear()
-            options = dict(learning_rate=0.02, lr_kl_target=0.004, anneal_lr=anneal_lr, target_kl=None)
-            ppo.train(small(ppo, tmp_path / str(anneal_lr), total_timesteps=1024, **options))
-            rate, expected = 0.02, []
-            for i, (_, kl) in enumerate(kls):  # 8 minibatches an iteration
-                target = 0.004 * left[i // 8]
-                rate = rate / 1.5 if kl > 2 * target else rate * 1.5 if kl < target / 2 else rate
-                expected.append(rate := min(max(rate, 1e-5), 0.02))
-            assert used == pytest.approx(expected) and min(used) < 0.01 < max(used)
-            logged = [rate for _, rate in curve(tmp_path / str(anneal_lr))["charts/learning_rate"]]
-            assert logged == pytest.approx(used[7::8])
 
     def test_gradients_are_clipped_to_max_grad_norm(self, ppo, run_dir, monkeypatch):
         norms, step = [], torch.optim.Adam.step
@@ -292,3 +270,27 @@ def test_the_golden_run_comes_out_as_it_did(ppo, run_dir):
     """Detect unintended changes of the results. To accept a change: GOLDEN=write pytest -k golden."""
     ppo.train(small(ppo, run_dir, checkpoint_every=4, num_steps=256, total_timesteps=2048, seed=3))
     assert_golden(ppo, run_dir)
+
+
+@scripts_with("follow_kl")
+def test_each_step_has_the_learning_rate_that_the_kl_of_its_minibatch_asks_for(ppo, tmp_path, monkeypatch):
+    used, step = [], torch.optim.Adam.step
+
+    def record(optimizer, *inputs):
+        used.append(optimizer.param_groups[0]["lr"].item())
+        return step(optimizer, *inputs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    kls = spy(monkeypatch, ppo, "approx_kl")
+    for anneal_lr, left in ((True, [1] * 7 + [0.5]), (False, [1] * 8)):  # a quarter of 8 is 2 iterations
+        used.clear(), kls.clear()
+        options = dict(learning_rate=0.02, lr_kl_target=0.004, anneal_lr=anneal_lr, target_kl=None)
+        ppo.train(small(ppo, tmp_path / str(anneal_lr), total_timesteps=1024, **options))
+        rate, expected = 0.02, []
+        for i, (_, kl) in enumerate(kls):  # 8 minibatches an iteration
+            target = 0.004 * left[i // 8]
+            rate = rate / 1.5 if kl > 2 * target else rate * 1.5 if kl < target / 2 else rate
+            expected.append(rate := min(max(rate, 1e-5), 0.02))
+        assert used == pytest.approx(expected) and min(used) < 0.01 < max(used)
+        logged = [rate for _, rate in curve(tmp_path / str(anneal_lr))["charts/learning_rate"]]
+        assert logged == pytest.approx(used[7::8])
