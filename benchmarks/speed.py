@@ -4,7 +4,9 @@
 
 Runs steps.py, parts.py, rlhf_speed.py, growth.py, solve.py and gpu.py one after another, about an hour on an
 idle machine. Continues if interrupted. Measurements in benchmarks/results are not repeated: delete the CSV
-files of these scripts to measure again. README.md quotes the tables. Requires requirements-extra.txt.
+files of these scripts to measure again. docs/performance.md quotes the tables.
+
+Requires requirements-extra.txt.
 """
 
 import csv

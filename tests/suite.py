@@ -130,10 +130,21 @@ def minibatch_inputs(ppo, monkeypatch, run_dir: Path, **options) -> list[tuple]:
     return calls
 
 
-def documented_metrics(section: str) -> dict[str, str]:
-    """Return the metrics table in a section of README.md: tag -> description."""
-    text = (ROOT / "README.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+def section(title: str) -> str:
+    """Return the text between a heading of the documentation and the next heading."""
+    pattern = rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)"
+    (text,) = [
+        text for page in PAGES.values() for text in re.findall(pattern, page, re.DOTALL | re.MULTILINE)
+    ]
+    return text
+
+
+def documented_metrics(title: str) -> dict[str, str]:
+    """Return the metrics table in a section of the documentation: tag -> description."""
+    return dict(re.findall(r"^\| `(\w+/\w+)` \| (.*?) \|", section(title), flags=re.MULTILINE))
 
 
 def assert_golden(ppo, run_dir: Path) -> None:

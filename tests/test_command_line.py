@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import ROOT, action_space, control, register, scripts_with, small
+from suite import PAGES, ROOT, action_space, control, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -276,7 +276,6 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
         num_minibatches=32,
         update_epochs=10,
         learning_rate=3e-4,
-        lr_kl_target=None,
         target_kl=None,
         gamma=0.99,
         gae_lambda=0.95,
@@ -295,9 +294,9 @@ def test_the_paper_s_own_settings_remain_possible(ppo, run_dir):
 
 
 @scripts_with("nature_cnn")
-def test_the_paper_s_settings_for_atari_are_in_the_readme(ppo, monkeypatch):
+def test_the_paper_s_settings_for_atari_are_documented(ppo, monkeypatch):
     """Check table 5: T 128, N 8, K 3, minibatch 256, Adam 2.5e-4, clip 0.1, both annealed, c1 1, c2 0.01."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = "".join(PAGES.values()).replace("\\\n", " ")
     (command,) = re.findall(r"^python ppo_discrete.py (--env-id ALE/Breakout-v5 .*)$", text, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["x", *command.split()])
     args = ppo.parse_args()

@@ -1,4 +1,4 @@
-"""Test the over-optimisation study: its mathematics, a small study, and its tables in README.md."""
+"""Test the over-optimisation study: its mathematics, a small study, and its tables in the documentation."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, SCRIPTS, load_module
+from suite import ROOT, SCRIPTS, load_module, section
 
 (RLHF,) = (script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm")
 
@@ -122,10 +122,9 @@ def test_a_reward_model_does_not_know_of_the_one_before_it(small_study, monkeypa
     assert torch.equal(learned(40), learned(20, 40))
 
 
-def test_the_tables_in_the_readme_are_what_the_results_give(study):
+def test_the_tables_of_the_documentation_are_what_the_results_give(study):
     lines = study.report()
     written = (ROOT / "benchmarks" / "results" / "overoptimisation.md").read_text()
-    section = (ROOT / "README.md").read_text().split("\n### Over-optimisation\n")[1].split("\n### ")[0]
-    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    quoted = [line for line in section("Over-optimisation").splitlines() if line.startswith("|")]
     assert lines == written.splitlines()
     assert len(quoted) > 20 and not [line for line in quoted if line not in lines]

@@ -1,4 +1,4 @@
-"""Test the project as a whole: shared text, self-contained files, and the claims of README.md."""
+"""Test the project as a whole: shared text, self-contained files, and the claims of its documentation."""
 
 import ast
 import csv
@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tokenize
@@ -14,7 +15,7 @@ import tomllib
 from collections import defaultdict
 
 import pytest
-from suite import ROOT, SCRIPTS
+from suite import PAGES, ROOT, SCRIPTS, section
 
 # Names whose text differs between the scripts, with the reasons.
 DIFFERENT: dict[str, str] = {
@@ -153,7 +154,6 @@ class TestScript:
         assert long <= {"train"}
 
 
-README = (ROOT / "README.md").read_text()
 # options for a run of a few seconds: of a control script, of RLHF
 SHORT = [
     "--total-timesteps 2048 --eval-episodes 1",
@@ -162,18 +162,17 @@ SHORT = [
 ]
 
 
-def table(section):
-    """Return the rows of the first table in a section of README.md, as lists of cells."""
-    text = README.split(f"## {section}")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+def table(title):
+    """Return the rows of the first table in a section of the documentation, as lists of cells."""
+    rows = [line.strip("|").split("|") for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
-@pytest.mark.parametrize("section", ["Details", "Details of RLHF"])
-def test_the_details_table_names_functions_defaults_and_switches_that_exist(section):
-    scripts = [script for script in SCRIPTS if hasattr(script, "make_envs") == (section == "Details")]
+@pytest.mark.parametrize("title", ["Details", "Details of RLHF"])
+def test_the_details_table_names_functions_defaults_and_switches_that_exist(title):
+    scripts = [script for script in SCRIPTS if hasattr(script, "make_envs") == (title == "Details")]
     texts = {script: (ROOT / f"{script.__name__}.py").read_text() for script in scripts}
-    for detail, where, _source, default, switch in table(section):
+    for detail, where, _source, default, switch in table(title):
         parts = [part for name in re.findall(r"`([\w.]+)`", where) for part in name.split(".")]
         assert any(
             all(re.search(rf"(def|class) {part}\b", text) for part in parts) for text in texts.values()
@@ -191,20 +190,17 @@ def test_the_details_table_names_functions_defaults_and_switches_that_exist(sect
                     assert actual == values.get(script.__name__, values.get("")), (detail, script)
 
 
-def test_the_tables_of_speed_in_the_readme_are_what_the_benchmark_wrote():
+def test_the_tables_of_speed_are_what_the_benchmark_wrote():
     measured = (ROOT / "benchmarks" / "results" / "speed.md").read_text().splitlines()
-    section = (ROOT / "README.md").read_text().split("\n### Speed\n")[1].split("\n## ")[0]
-    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    quoted = [line for line in section("Speed").splitlines() if line.startswith("|")]
     assert len(quoted) > 15 and not [line for line in quoted if line not in measured]
 
 
-def test_the_table_of_faults_in_the_readme_is_what_the_campaign_wrote():
+def test_the_table_of_faults_is_what_the_campaign_wrote():
     with (ROOT / "benchmarks" / "results" / "faults.csv").open() as file:
         survived = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
-    section = README.split("\n### Faults\n")[1].split("\n### ")[0]
-    quoted = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"
-    ]
+    lines = [line for line in section("Faults").splitlines() if line.startswith("|")]
+    quoted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     (_, *names), _, *rows = quoted
     table = {
         (fault, name): n for fault, *numbers in rows for name, n in zip(names, numbers, strict=True) if n
@@ -212,18 +208,68 @@ def test_the_table_of_faults_in_the_readme_is_what_the_campaign_wrote():
     assert table == survived and len(names) == 4
 
 
-def test_every_path_that_the_readme_links_to_exists():
-    paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
-    assert paths and all((ROOT / path).exists() for path in paths)
+def evaluations(script):
+    """Return the final evaluations of learning.csv: task -> scores in the order of the seeds."""
+    with (ROOT / "benchmarks" / "results" / "learning.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["what"] == "eval/episodic_return"]
+    scores = {}
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        if row["script"] == script:
+            scores.setdefault(row["task"], []).append(float(row["value"]))
+    return scores
 
 
-def readme_blocks(language):
-    """Return the code blocks of README.md as (mark, text); the mark is a comment before the block, if any."""
-    return re.findall(rf"(?:<!-- test: (.*?) -->\n)?```{language}\n(.*?)```", README, flags=re.DOTALL)
+def assert_rounded(quoted, value):
+    """Check that a number, with or without thousands separators, is a value rounded to its digits."""
+    digits = len(quoted.partition(".")[2])
+    assert abs(float(quoted.replace(",", "")) - value) <= 0.501 * 10**-digits, (quoted, value)
 
 
-def test_the_python_lines_of_the_readme_run(tmp_path):
-    for mark, block in readme_blocks("python"):
+@pytest.mark.parametrize("name", ["continuous", "discrete", "penalty"])
+def test_the_scores_of_a_page_are_those_of_the_benchmark(name):
+    measured = evaluations(f"ppo_{name}")
+    text = PAGES[ROOT / "docs" / f"{name}.md"].split("## Results")[1]
+    quoted = re.findall(
+        r"^\| ([\w/-]+-v\d) \| [\d,]+ \| ([-\d., ]+)(?: \(one seed\))? \|", text, re.MULTILINE
+    )
+    assert {task for task, _ in quoted} == measured.keys()
+    for task, scores in quoted:
+        for score, value in zip(scores.split(", "), measured[task], strict=True):
+            assert_rounded(score, value)
+
+
+@pytest.mark.parametrize(("page", "columns"), [("README.md", 2), ("docs/results.md", 3)])
+def test_the_scores_beside_published_ones_are_those_of_the_benchmark(page, columns):
+    measured = evaluations("ppo_continuous")
+    rows = re.findall(r"^\| (\w+) \| ((?:-?[\d,.]+ \| )+)", PAGES[ROOT / page], re.MULTILINE)
+    assert len(rows) == 9
+    for task, quoted in rows:
+        scores = sorted(measured[f"{task}-v5"])
+        ours = [statistics.median(scores), scores[-1], scores[0]][:: 4 - columns]
+        for number, value in zip(quoted.split(" | "), ours, strict=False):
+            assert_rounded(number, value)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_links_to_exists(page):
+    paths = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page])
+    assert not [path for path in paths if not (page.parent / path).exists()]
+
+
+def test_the_readme_links_to_every_page_and_is_short():
+    readme = PAGES[ROOT / "README.md"]
+    assert all(f"(docs/{page.name})" in readme for page in PAGES if page.parent.name == "docs")
+    assert len(readme.splitlines()) <= 200 and max(map(len, readme.splitlines())) <= 120
+
+
+def code_blocks(language):
+    """Return the code blocks of all pages as (mark, text); the mark is a comment before the block, if any."""
+    pattern = rf"(?:<!-- test: (.*?) -->\n)?```{language}\n(.*?)```"
+    return [block for page in PAGES.values() for block in re.findall(pattern, page, re.DOTALL)]
+
+
+def test_the_python_lines_of_the_documentation_run(tmp_path):
+    for mark, block in code_blocks("python"):
         if mark.startswith("by hand: "):
             continue
         (script,), (run,) = (
@@ -245,9 +291,9 @@ def test_the_python_lines_of_the_readme_run(tmp_path):
 
 
 def commands():
-    """Return (mark, command) for every command in README.md that is not marked "by hand"."""
+    """Return (mark, command) for every command in the documentation that is not marked "by hand"."""
     found = []
-    for mark, block in readme_blocks("bash"):
+    for mark, block in code_blocks("bash"):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             line = line.split("  #")[0].strip()
             if line and not mark.startswith("by hand: "):
@@ -271,7 +317,7 @@ def short_run(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mark", "line"), commands(), ids=lambda x: str(x)[:60])
-def test_every_command_of_the_readme_runs(mark, line, tmp_path, short_run):
+def test_every_command_of_the_documentation_runs(mark, line, tmp_path, short_run):
     """Run the command as written, except that a training command marked "long" gets fewer steps."""
     if "mujoco" in mark:
         pytest.importorskip("mujoco", reason="needs requirements-extra.txt")

@@ -688,7 +688,7 @@ def test_the_golden_run_comes_out_as_it_did(run_dir):
     assert_golden(rlhf, run_dir)
 
 
-def test_the_labeller_has_the_tastes_that_the_readme_tells():
+def test_the_labeller_has_the_tastes_of_the_documentation():
     prompt = "My lamp leaks.\n"
     best = "I am sorry. We repair the lamp. Thank you!"
     score = rlhf.gold_score(prompt, best)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from suite import ROOT, curve, resumed
+from suite import PAGES, curve, resumed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_command_line import refusal
 from test_resume import assert_same_run
@@ -284,7 +284,7 @@ class TestScores:
 
     def test_the_classifier_of_the_documentation_scores_texts(self, transformers, tmp_path, monkeypatch):
         path = save_model(tmp_path / "reward", transformers, "GPT2", "SequenceClassification")
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        blocks = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), re.DOTALL)
         (block,) = [block for block in blocks if "AutoModelForSequenceClassification" in block]
         (tmp_path / "judge.py").write_text(block.replace("NAME", path))
         monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Test that a run writes the metrics described in README.md, and that a TensorBoard server shows them."""
+"""Test that a run writes the metrics of docs/metrics.md, and that a TensorBoard server shows them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 @control
-def test_the_metrics_table_of_the_readme_lists_what_a_run_writes(ppo, run_dir):
+def test_the_metrics_table_lists_what_a_run_writes(ppo, run_dir):
     ppo.train(small(ppo, run_dir, num_steps=256, total_timesteps=2048))
     documented = documented_metrics("Metrics")  # "description (`ppo_penalty`)": for that script only
     ends = {tag: re.search(r"\((`ppo_[^()]+)\)$", what) for tag, what in documented.items()}
