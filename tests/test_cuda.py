@@ -176,7 +176,7 @@ CASES += [(ppo, {"env_id": "Pixels-v0"}) for ppo in SCRIPTS if hasattr(ppo, "nat
 @pytest.mark.parametrize(("ppo", "options"), CASES)
 @pytest.mark.usefixtures("deterministic")
 def test_training_on_a_device_equals_training_on_the_cpu(ppo, options, tmp_path, monkeypatch):
-    options = options | dict(target_kl=None)  # which reads the KL of every minibatch
+    options = options | dict(target_kl=None, total_timesteps=256)  # target_kl reads the KL of every minibatch
     returns = ppo.train(small(ppo, tmp_path / "cpu", **options))
     args = small(ppo, tmp_path / "device", **options)
     gradient, counts = ppo.minibatch_gradient, []

@@ -298,7 +298,7 @@ def commands():
             line = line.split("  #")[0].strip()
             if line and not mark.startswith("by hand: "):
                 found.append((mark, line))
-    return found
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="session")

@@ -172,30 +172,44 @@ class TestAdapters:
         assert (assessed.kl[answers.mask] == 0).all()
         torch.testing.assert_close(assessed.logprobs, expected.logprobs)
 
-    def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
-        self, kind, path, transformers, files, tmp_path, monkeypatch
-    ):
-        options = dict(model=path, lora_rank=2, learning_rate=1e-2, sft_learning_rate=1e-2, **files)
-        one, other, made = tmp_path / "one", tmp_path / "other", []
-        check = rlhf.check_models
-        monkeypatch.setattr(rlhf, "check_models", lambda x, *y, **z: made.append(x) or check(x, *y, **z))
-        rlhf.train(tiny(one, **options))
-        torch.manual_seed(rlhf.derive_seed(1))  # as train() does
-        models, start = made[0], rlhf.Models(tiny(**options)).state_dict()
-        for name, x in models.state_dict().items():
-            if name.startswith(("actor.", "critic.trunk.", "reward.trunk.", "reference.")):
-                assert torch.equal(x, start[name]) != ("lora_" in name), name
-        assert any(not torch.equal(x, start[name]) for name, x in models.critic.named_parameters("critic"))
-        actor = transformers.AutoModelForCausalLM.from_pretrained(one / "policy")
-        assert not any("lora" in name for name, _ in actor.named_parameters())
-        ids = torch.tensor([models.tokenizer.encode("我的灯坏了。\n")])
-        torch.testing.assert_close(actor(ids).logits, models.actor(ids).logits, atol=1e-4, rtol=1e-4)
-        assert (actor(ids).logits - models.reference(ids).logits).abs().max() > 0.01
-        frozen = {name for name, x in models.named_parameters(remove_duplicate=False) if not x.requires_grad}
-        assert not frozen & rlhf.load_checkpoint(one)["models"].keys()
-        train_and_stop(monkeypatch, tiny(other, **options), 4)
-        resumed(rlhf, other)
-        assert_same_run(rlhf, one, other)
+    def test_the_merged_model_has_the_same_logits_and_no_adapters(self, kind, path):
+        models = rlhf.Models(tiny(model=path, lora_rank=2))
+        for name, x in models.actor.named_parameters():
+            if "lora_B" in name:
+                x.data.normal_(std=0.1)
+        merged, ids = rlhf.merge_adapters(models.actor), torch.tensor([[1, 2, 3, 4]])
+        logits = models.actor(ids).logits
+        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-4, rtol=1e-4)
+        assert (logits - models.reference(ids).logits).abs().max() > 0.01
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
+    transformers, files, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft", reason="adapters need requirements-extra.txt")
+    path = save_model(tmp_path / "model", transformers, "Llama")
+    options = dict(model=path, lora_rank=2, learning_rate=1e-2, sft_learning_rate=1e-2, **files)
+    one, other, made = tmp_path / "one", tmp_path / "other", []
+    check = rlhf.check_models
+    monkeypatch.setattr(rlhf, "check_models", lambda x, *y, **z: made.append(x) or check(x, *y, **z))
+    rlhf.train(tiny(one, **options))
+    torch.manual_seed(rlhf.derive_seed(1))  # as train() does
+    models, start = made[0], rlhf.Models(tiny(**options)).state_dict()
+    for name, x in models.state_dict().items():
+        if name.startswith(("actor.", "critic.trunk.", "reward.trunk.", "reference.")):
+            assert torch.equal(x, start[name]) != ("lora_" in name), name
+    assert any(not torch.equal(x, start[name]) for name, x in models.critic.named_parameters("critic"))
+    actor = transformers.AutoModelForCausalLM.from_pretrained(one / "policy")
+    assert not any("lora" in name for name, _ in actor.named_parameters())
+    ids = torch.tensor([models.tokenizer.encode("我的灯坏了。\n")])
+    torch.testing.assert_close(actor(ids).logits, models.actor(ids).logits, atol=1e-4, rtol=1e-4)
+    assert (actor(ids).logits - models.reference(ids).logits).abs().max() > 0.01
+    frozen = {name for name, x in models.named_parameters(remove_duplicate=False) if not x.requires_grad}
+    assert not frozen & rlhf.load_checkpoint(one)["models"].keys()
+    train_and_stop(monkeypatch, tiny(other, **options), 4)
+    resumed(rlhf, other)
+    assert_same_run(rlhf, one, other)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT"])
