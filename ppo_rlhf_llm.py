@@ -474,7 +474,7 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
         model.resize_token_embeddings(len(tokenizer))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-        for layer in model.modules():  # no dropout, although hidden_states() sets some to training mode
+        for layer in model.modules():  # hidden_states() sets some to training mode: no dropout there
             vars(layer).update({x: 0.0 for x, y in vars(layer).items() if "drop" in x and type(y) is float})
     if args.lora_rank:  # in every linear layer but the last; only these weights are trained
         import peft
@@ -484,12 +484,12 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model; weights that are not trained, those beside adapters, are shared instead."""
+    """Copy a model. Weights that are not trained (the base of adapters) are shared, not copied."""
     return copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad})
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose adapters are added to the weights."""
+    """Return a copy of a model with its adapters merged into the weights."""
     model = copy.deepcopy(model)
     for name, layer in [(name, x) for name, x in model.named_modules() if hasattr(x, "get_base_layer")]:
         layer.merge()
@@ -1353,7 +1353,7 @@ def train(args: Args) -> list[dict[str, float]]:
 # -------------------------------------------------------------------------------------------- the utilities
 
 
-SCRIPT, FORMAT = "ppo_rlhf_llm", 3  # checkpoint header
+SCRIPT, FORMAT = "ppo_rlhf_llm", 4  # checkpoint header
 FREE = {"resume", "evaluate", "total_episodes", "generate", "eval_prompts", "track", "micro_batch_size"}
 
 
@@ -1523,7 +1523,7 @@ def save_checkpoint(run_dir, args, models, writer, history, data, optimizer, sta
     frozen = {x for x, y in named if stage == 2 and (x.startswith("reward.") or not y.requires_grad)}
     saved = {run_dir: {name: x for name, x in weights.items() if name not in frozen}}
     if stage == 2 and iteration == 0:
-        saved[run_dir / "frozen"] = {name: weights[name] for name in frozen}
+        saved[run_dir / "frozen"] = {name: x for name, x in weights.items() if name in frozen}
     for folder, some in reversed(saved.items()):
         path = folder / "checkpoint.pt"
         folder.mkdir(exist_ok=True)

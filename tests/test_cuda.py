@@ -1,4 +1,4 @@
-"""Train on an emulated accelerator, because no GPU is needed to find a tensor that is on the wrong device.
+"""Train on an emulated accelerator, which finds tensors on the wrong device without a GPU.
 
 On the emulated device (torch's "meta") a tensor is a tensor of the CPU behind a wrapper. As on a GPU, an
 operation on tensors of two devices raises, except for single numbers, NumPy cannot read a tensor, and every
@@ -21,11 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 DEVICE, CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXING = {
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-}  # by tensors of the CPU
+# these accept indices on the CPU
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 transfers = []  # the operations that copied something to the host
 used = set()  # the names of all operations; of cumsum only for floating point
 # what torch.use_deterministic_algorithms() refuses on CUDA, by its documentation
@@ -113,7 +110,7 @@ def moved(create):
 
 @contextlib.contextmanager
 def emulated(monkeypatch):
-    """Emulate a device, which is returned."""
+    """Emulate a device within the with block and return it."""
     optimizer = importlib.import_module("torch.optim.optimizer")
     with Emulation(), monkeypatch.context() as patch:
         patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
@@ -136,6 +133,7 @@ def test_the_emulation_finds_tensors_on_two_devices_and_counts_transfers(monkeyp
 
 
 def test_the_operations_that_are_not_deterministic_are_found(monkeypatch):
+    used.clear()
     with emulated(monkeypatch) as device:
         torch.ones(3).to(device).cumsum(0)
     assert any(map(NONDETERMINISTIC.search, used))
@@ -193,6 +191,7 @@ def test_training_on_a_device_equals_training_on_the_cpu(ppo, options, tmp_path,
     untimed = ({k: v for k, v in curve(tmp_path / x).items() if k not in TIMED} for x in ("cpu", "device"))
     assert next(untimed) == next(untimed)
     per_iteration = args.num_minibatches * args.update_epochs
+    assert len(counts) == 2 * per_iteration
     for first in range(0, len(counts), per_iteration):  # nothing is read within the epochs
         assert len(set(counts[first : first + per_iteration])) == 1
 
