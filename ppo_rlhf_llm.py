@@ -462,8 +462,11 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
     """Load --model and its tokenizer; the padding token differs from the end token."""
     import transformers  # a large package, needed only here
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:  # transformers and safetensors raise many types of errors for invalid files
+        raise UserError(f"--model {args.model}: {error}") from error
     name, positions = f"--model {args.model}", getattr(model.config, "max_position_embeddings", math.inf)
     cached = "past_key_values" in inspect.signature(model.forward).parameters
     require(cached and tokenizer.eos_token_id is not None, f"{name} has no key-value cache or no end token")
@@ -497,10 +500,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_score_function(args: Args) -> Callable | None:
-    """Load --reward-function as (prompts, answers) -> scores, or None for stage 2."""
-    if not args.reward_function:
-        return None
+def load_score_function(args: Args) -> Callable:
+    """Load --reward-function as (prompts, answers) -> scores."""
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(args.reward_function)
@@ -510,7 +511,10 @@ def load_score_function(args: Args) -> Callable | None:
     def score_texts(prompts: Sequence[Prompt], answers: list[str]) -> Any:
         keys = set().union(*(prompt.fields for prompt in prompts))
         named = {key: [prompt.fields.get(key) for prompt in prompts] for key in keys}
-        return call(function, [prompt.text for prompt in prompts], answers, **named)
+        try:
+            return call(function, [prompt.text for prompt in prompts], answers, **named)
+        except (ImportError, OSError) as error:  # which main() would report without a traceback
+            raise RuntimeError("the reward function failed") from error
 
     return score_texts
 
@@ -574,7 +578,7 @@ class Models(nn.Module):
             self.actor = GPT(self.tokenizer.size, args.context, args.layers, args.heads, args.width)
         width = self.actor.get_output_embeddings().weight.shape[1]
         self.critic = ScalarModel(copy_model(self.actor.get_decoder()), width)
-        self.score_function = load_score_function(args)
+        self.score_function = load_score_function(args) if args.reward_function else None
         self.reward = None if self.score_function else copy_model(self.critic)
         self.reference = copy_model(self.actor).requires_grad_(False)  # the SFT model after stage 1
         self.register_buffer("score_moments", torch.tensor([0.0, 1.0]))  # mean and deviation
@@ -629,7 +633,6 @@ REMEDIES = sorted(set(PROBLEMS.values()))
 RUDE = ("So what", "Not again", "fault", "Nobody")
 PHRASES = " ".join(OPENINGS + OFFERS + REFUSALS + CLOSINGS).lower()
 WORDS = {*re.findall("[a-z]+", PHRASES), *ITEMS, *(item + "s" for item in ITEMS), *REMEDIES}
-WORDS |= {"it", "that", "the", "your"}
 
 
 class Prompt(NamedTuple):
@@ -660,8 +663,7 @@ class Data:
 
 def built_in_data(models: Models) -> Data:
     """Generate texts of a help desk: complaints of customers, and good and bad answers."""
-    args = models.args
-    draw = random.Random(derive_seed(args.seed, 0))
+    args, draw = models.args, random.Random(derive_seed(models.args.seed, 0))
 
     def answer(item: str, problem: str) -> str:
         remedy = PROBLEMS[problem] if draw.random() < 0.4 else draw.choice(REMEDIES)
@@ -691,8 +693,7 @@ def gold_score(prompt: str, answer: str) -> float:
     helps = next((remedy for problem, remedy in PROBLEMS.items() if problem in prompt), "")
     offers = [remedy for remedy in REMEDIES if remedy in words]
     score = 1.5 * (item in words) + 2.0 * bool(offers) + 1.5 * (helps in offers) + 1.0 * ("thank" in words)
-    score += 2.0 * ("sorry" in words or "apologise" in words)
-    score -= 1.0 * max(len(offers) - 1, 0)
+    score += 2.0 * ("sorry" in words or "apologise" in words) - 1.0 * max(len(offers) - 1, 0)
     score -= 2.0 * sum(phrase in answer for phrase in RUDE)
     score -= 1.0 * sum(word not in WORDS for word in words)
     return score - 2.0 * (len(sentences) - len(set(sentences))) - 0.02 * len(answer)
@@ -1454,13 +1455,12 @@ def set_up_torch(args: Args) -> torch.device:
         dist.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
     if RANK > 0:  # only process 0 prints
         sys.stdout = None
-    if not args.cuda:
-        return torch.device("cpu")
-    require(torch.cuda.is_available(), "--cuda needs a GPU, and torch finds none; omit it to use the CPU")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(True)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda")
+    require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
+    if args.cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for determinism
+        torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda" if args.cuda else "cpu")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:

@@ -43,6 +43,7 @@ def with_discrete_actions(path: Path):
 
 TIMED = {"charts/SPS", "charts/tokens_per_second"}  # metrics that depend on the clock
 SCRIPTS = [load_module(path, path.stem) for path in sorted(ROOT.glob("ppo_*.py"))]
+(rlhf,) = [script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm"]
 KINDS = [*SCRIPTS, with_discrete_actions(ROOT / "ppo_penalty.py")]
 
 
@@ -107,6 +108,137 @@ def resumed(ppo, run_dir: Path, **changes):
     """Resume a run in the next second: TensorBoard sorts event files by the second in their names."""
     time.sleep(1 - time.time() % 1)
     return ppo.train(ppo.Args(**ppo.load_checkpoint(run_dir)["args"] | {"resume": str(run_dir)} | changes))
+
+
+def tiny(run_dir=None, **options):
+    """Return arguments for a run of ppo_rlhf_llm of a few seconds, with 2 iterations of stage 3."""
+    defaults = dict(
+        layers=2, heads=2, width=16, num_texts=64, sft_epochs=1, num_pairs=20, total_episodes=32,
+        batch_size=16, num_minibatches=2, answer_length=24, eval_prompts=16, checkpoint_every=1,
+        run_dir=run_dir and str(run_dir),
+    )  # fmt: skip
+    return rlhf.Args(**(defaults | options))
+
+
+THINGS = {"zh": "灯 伞 船 钟 琴 椅子", "en": "lamp tent kettle", "short": "Lamp Tent Boat Bell Bike"}
+PAIRS = [  # prompt, chosen, rejected
+    *((f"我的{x}坏了。\n", f"对不起。我们修理{x}。", f"{x}。不知道。") for x in THINGS["zh"].split()),
+    *((f"My {x} leaks.\n", f"Sorry! We repair the {x}.", "Ask later.") for x in THINGS["en"].split()),
+    *((f"{x} broke\n", f"We repair the {x}.", "No.") for x in THINGS["short"].split()),
+]
+
+
+def save_tokenizer(folder, transformers, **special):
+    """Train a byte-level tokenizer on the pairs above, save it to folder and return it."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["".join(row) for row in PAIRS], 400, special_tokens=["<end>"])
+    special = {"eos_token": "<end>"} | special
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_model(folder, transformers, kind, head="CausalLM", **special):
+    """Save a random model of the given kind with its tokenizer and return the folder as a string."""
+    tokenizer = save_tokenizer(folder, transformers, **special)
+    sizes = {
+        "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
+        "Bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),
+        "OPT": dict(
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            dropout=0.5,
+        ),
+    }
+    sizes["Llama"] = sizes["Qwen2"] = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = getattr(transformers, kind + "Config")(vocab_size=len(tokenizer), **ids, **sizes[kind])
+    if head == "SequenceClassification":
+        config.num_labels = 1
+    torch.manual_seed(1)
+    model = getattr(transformers, "AutoModelFor" + head).from_config(config)
+    # add noise: with the small initial weights, the outputs for all texts are almost the same
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path, rows):
+    """Write rows as JSONL and return the path as a string."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+WITH_SUITE = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # for a process that imports this
+
+
+def command(ppo, *options):
+    return [sys.executable, str(ROOT / f"{ppo.__name__}.py"), *map(str, options)]
+
+
+def same(a, b):
+    """Return whether nested dicts, lists and tensors are exactly equal."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(ppo, one, other):
+    first, second = ppo.load_checkpoint(one), ppo.load_checkpoint(other)
+    assert first.keys() == second.keys()
+    for part in first.keys() - {"args"}:
+        assert same(first[part], second[part]), part
+    first, second = curve(one), curve(other)
+    assert first.keys() == second.keys()
+    for tag in first:
+        if tag in TIMED:
+            assert [step for step, _ in first[tag]] == [step for step, _ in second[tag]], tag
+        else:
+            assert first[tag] == second[tag], tag
+        assert len({step for step, _ in first[tag]}) == len(first[tag]), f"{tag} has duplicate steps"
+
+
+def stopped_after(ppo, monkeypatch, args, iterations):
+    """Train and stop, as if killed, once the checkpoint of the given iteration is written."""
+    save = ppo.save_checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_stop(*inputs):
+        save(*inputs)
+        if iterations in inputs:
+            raise Killed
+
+    monkeypatch.setattr(ppo, "save_checkpoint", save_and_stop)
+    with pytest.raises(Killed):
+        ppo.train(args)
+    monkeypatch.setattr(ppo, "save_checkpoint", save)
+
+
+def refusal(ppo, monkeypatch, capsys, *arguments):
+    """Return the error of main() and check that it is one line (or one box of tyro), with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.strip().splitlines()
+    assert "For full helptext" in said.err or (len(lines) == 1 and lines[0].startswith("error: "))
+    return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in lines).split())
 
 
 def by_name(agent, vector: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,13 +1,11 @@
 """Test the project as a whole: shared text, self-contained files, and the claims of its documentation."""
 
 import ast
-import csv
 import functools
 import importlib.metadata
 import io
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tokenize
@@ -15,7 +13,7 @@ import tomllib
 from collections import defaultdict
 
 import pytest
-from suite import PAGES, ROOT, SCRIPTS, section
+from suite import PAGES, ROOT, SCRIPTS, load_module, section
 
 # Names whose text differs between the scripts, with the reasons.
 DIFFERENT: dict[str, str] = {
@@ -190,64 +188,60 @@ def test_the_details_table_names_functions_defaults_and_switches_that_exist(titl
                     assert actual == values.get(script.__name__, values.get("")), (detail, script)
 
 
-def test_the_tables_of_speed_are_what_the_benchmark_wrote():
-    measured = (ROOT / "benchmarks" / "results" / "speed.md").read_text().splitlines()
-    quoted = [line for line in section("Speed").splitlines() if line.startswith("|")]
-    assert len(quoted) > 15 and not [line for line in quoted if line not in measured]
+@pytest.fixture
+def tables(monkeypatch):
+    pytest.importorskip("scipy", reason="requirements-extra.txt")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return load_module(ROOT / "benchmarks" / "tables.py", "tables")
 
 
-def test_the_table_of_faults_is_what_the_campaign_wrote():
-    with (ROOT / "benchmarks" / "results" / "faults.csv").open() as file:
-        survived = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
-    lines = [line for line in section("Faults").splitlines() if line.startswith("|")]
-    quoted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    (_, *names), _, *rows = quoted
-    table = {
-        (fault, name): n for fault, *numbers in rows for name, n in zip(names, numbers, strict=True) if n
-    }
-    assert table == survived and len(names) == 4
+def test_the_tables_of_the_documentation_are_those_of_the_benchmarks(tables):
+    found = [(page, *match) for page, text in PAGES.items() for match in tables.MARK.findall(text)]
+    for page, _, name, text in found:
+        assert text == tables.TABLES[name](), (page.name, name)
 
 
-def evaluations(script):
-    """Return the final evaluations of learning.csv: task -> scores in the order of the seeds."""
-    with (ROOT / "benchmarks" / "results" / "learning.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["what"] == "eval/episodic_return"]
-    scores = {}
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        if row["script"] == script:
-            scores.setdefault(row["task"], []).append(float(row["value"]))
-    return scores
+@pytest.mark.parametrize(
+    ("words", "turns"),
+    [
+        (r"([\d.]+) times\s+the speed of stable-baselines3", ("HalfCheetah-v5", "eager", "stable-baselines3")),
+        (r"([\d.]+) times with `--compile`", ("HalfCheetah-v5", "--compile", "stable-baselines3")),
+        (r"([\d.]+) times as fast as TRL", ("RLHF", "eager", "TRL")),
+    ],
+)
+def test_the_readme_quotes_the_measured_speed(tables, words, turns):
+    (quoted,) = re.findall(words, PAGES[ROOT / "README.md"])
+    assert float(quoted) == round(float(tables.ratio(*turns).split()[0]), 1)
 
 
-def assert_rounded(quoted, value):
-    """Check that a number, with or without thousands separators, is a value rounded to its digits."""
-    digits = len(quoted.partition(".")[2])
-    assert abs(float(quoted.replace(",", "")) - value) <= 0.501 * 10**-digits, (quoted, value)
+def test_the_changelog_has_the_version_and_the_formats_of_the_checkpoints():
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    latest = changes.split("\n## ")[1]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert latest.startswith(version) and f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    for script in SCRIPTS:
+        assert f"`{script.__name__}.py` (format {script.FORMAT})" in latest
 
 
-@pytest.mark.parametrize("name", ["continuous", "discrete", "penalty"])
-def test_the_scores_of_a_page_are_those_of_the_benchmark(name):
-    measured = evaluations(f"ppo_{name}")
-    text = PAGES[ROOT / "docs" / f"{name}.md"].split("## Results")[1]
-    quoted = re.findall(
-        r"^\| ([\w/-]+-v\d) \| [\d,]+ \| ([-\d., ]+)(?: \(one seed\))? \|", text, re.MULTILINE
-    )
-    assert {task for task, _ in quoted} == measured.keys()
-    for task, scores in quoted:
-        for score, value in zip(scores.split(", "), measured[task], strict=True):
-            assert_rounded(score, value)
+def a_run(last_100=0.0, seconds=10.0, curve=""):
+    return dict(last_100_episodes=str(last_100), seconds=str(seconds), steps="100", curve=curve)
 
 
-@pytest.mark.parametrize(("page", "columns"), [("README.md", 2), ("docs/results.md", 3)])
-def test_the_scores_beside_published_ones_are_those_of_the_benchmark(page, columns):
-    measured = evaluations("ppo_continuous")
-    rows = re.findall(r"^\| (\w+) \| ((?:-?[\d,.]+ \| )+)", PAGES[ROOT / page], re.MULTILINE)
-    assert len(rows) == 9
-    for task, quoted in rows:
-        scores = sorted(measured[f"{task}-v5"])
-        ours = [statistics.median(scores), scores[-1], scores[0]][:: 4 - columns]
-        for number, value in zip(quoted.split(" | "), ours, strict=False):
-            assert_rounded(number, value)
+def test_table_1_has_0_for_the_random_policy_and_1_for_the_best_run(tables, monkeypatch):
+    returns = {variant: 0.0 for variant in tables.TABLE_1} | {"clipping 0.2": 30.0, "clipping 0.1": 20.0}
+    runs = {(variant, "Reacher-v5", 1): a_run(last_100) for variant, last_100 in returns.items()}
+    monkeypatch.setattr(tables, "RUNS", runs | {("random", "Reacher-v5", 1): a_run(10.0)})
+    rows = {row.split(" | ")[0]: row for row in tables.table_1().splitlines()}
+    assert rows["| clipping 0.2"] == "| clipping 0.2 | 0.82 | 1.00 | 1.00 (Reacher-v5) | 1 |"
+    assert rows["| clipping 0.1"] == "| clipping 0.1 | 0.76 | 0.50 | 0.50 (Reacher-v5) | 1 |"
+    assert rows["| fixed KL 10"] == "| fixed KL 10 | 0.69 | -0.50 | -0.50 (Reacher-v5) | 1 |"
+
+
+def test_a_task_is_solved_where_the_mean_of_two_blocks_of_episodes_reaches_the_bar(tables, monkeypatch):
+    curves = ["25:0 50:10 75:4 100:8", "25:0 50:2 75:2 100:0"]
+    runs = {("ppo", "Task-v0", seed): a_run(curve=curve) for seed, curve in enumerate(curves)}
+    monkeypatch.setattr(tables, "RUNS", runs)
+    assert tables.seconds_to_solve("ppo", "Task-v0", 6) == [7.5, float("inf")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -268,9 +262,23 @@ def code_blocks(language):
     return [block for page in PAGES.values() for block in re.findall(pattern, page, re.DOTALL)]
 
 
+def run_python(block, folder):
+    """Run lines of Python in a folder, with the scripts on the path."""
+    words = [sys.executable, "-c", block]
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_python_lines_of_the_documentation_run(tmp_path):
     for mark, block in code_blocks("python"):
         if mark.startswith("by hand: "):
+            continue
+        if mark.startswith("run with "):
+            total = mark.removeprefix("run with ")
+            block, count = re.subn(total.split("=")[0] + r"=[\d_]+", total, block)
+            assert count == 1
+            run_python(block, tmp_path)
             continue
         (script,), (run,) = (
             re.findall(r"from (ppo_\w+) import", block),
@@ -280,14 +288,7 @@ def test_the_python_lines_of_the_documentation_run(tmp_path):
         train = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", env_id, "--run-dir", run]
         options = ["--total-timesteps", "2048", "--eval-episodes", "1"]
         subprocess.run([*train, *options], check=True, capture_output=True, cwd=tmp_path)
-        result = subprocess.run(
-            [sys.executable, "-c", block],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        )
-        assert result.returncode == 0, result.stderr
+        run_python(block, tmp_path)
 
 
 def commands():

@@ -78,12 +78,12 @@ def small_study(study, monkeypatch, tmp_path):
 
 
 def test_a_small_study_fills_all_tables_and_is_missing_nothing_then(small_study):
-    jobs = [job for stage in small_study.missing() for job in stage]
+    jobs = [job for stage in small_study.missing(small_study.Options()) for job in stage]
     assert len(jobs) == 2 + 2 * 2 + len(small_study.SLOW | small_study.HELD)
     for job in jobs:
         for name, rows in small_study.quietly(job)[0].items():
             small_study.write(name, rows)
-    assert list(small_study.missing()) == []
+    assert list(small_study.missing(small_study.Options())) == []
     (ppo,), (best,) = small_study.points("beta 0.1", 20), small_study.points("best of n", 20)
     assert ppo.shape == (5, 3) and ppo[0, 0] == pytest.approx(0, abs=1e-4) and ppo[-1, 0] > 0
     assert best[0, 1] < best[1, 1] < best[2, 1]  # the score increases with n

@@ -11,18 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 import torchrun_worker
-from suite import ROOT, SCRIPTS, control, curve, minibatch_inputs, small
-from test_resume import assert_same_run
-from test_rlhf import tiny
+from suite import (
+    ROOT,
+    SCRIPTS,
+    WITH_SUITE,
+    assert_same_run,
+    control,
+    curve,
+    minibatch_inputs,
+    rlhf,
+    small,
+    tiny,
+)
 
+WORKER = Path(torchrun_worker.__file__)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-(rlhf,) = [script for script in SCRIPTS if script.__name__ == "ppo_rlhf_llm"]
 
 
 def torchrun(processes, *words):
     """Run the given command with torchrun and return the completed process."""
     command = [*TORCHRUN, f"--nproc-per-node={processes}", *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=WITH_SUITE)
     assert run.returncode == 0, run.stderr[-5000:]
     return run
 
@@ -37,7 +46,7 @@ def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch)
     given = dict(run_dir=str(run_dir), agent=agent.state_dict(), minibatch=minibatch, rest=rest)
     folder.mkdir()
     torch.save(given, folder / "given.pt")
-    torchrun(2, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, folder)
+    torchrun(2, WORKER, ppo.__name__, folder)
     results, alone = torch.load(folder / "results.pt"), torchrun_worker.control_results(ppo, given)
     torch.testing.assert_close(results["gradient False"], alone["gradient False"], rtol=1e-4, atol=1e-7)
     for name, expected in alone["moments"].items():
@@ -60,7 +69,7 @@ def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes
     options = dict(num_envs=6, num_steps=208, total_timesteps=2496, update_epochs=2, checkpoint_every=1)
     options |= dict(learning_rate=0.02)  # in ppo_discrete the KL changes it, in both processes alike
     torch.save(vars(small(ppo, tmp_path / "run", **options)), tmp_path / "options.pt")
-    torchrun(processes, ROOT / "tests" / "torchrun_worker.py", ppo.__name__, tmp_path)
+    torchrun(processes, WORKER, ppo.__name__, tmp_path)
     checkpoint, points = ppo.load_checkpoint(tmp_path / "run"), curve(tmp_path / "run")
     returns = torch.load(tmp_path / "results.pt")["returns"]
     assert returns == checkpoint["episode_returns"] and len(returns) >= 6 // processes
@@ -70,7 +79,7 @@ def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes
 
 
 def test_gradients_of_rlhf_are_those_of_one_process(tmp_path, monkeypatch):
-    torchrun(2, ROOT / "tests" / "torchrun_worker.py", "ppo_rlhf_llm", tmp_path)
+    torchrun(2, WORKER, "ppo_rlhf_llm", tmp_path)
     monkeypatch.setattr(torchrun_worker, "rlhf", rlhf, raising=False)
     expected, results = torchrun_worker.rlhf_results(), torch.load(tmp_path / "results.pt")
     assert results.keys() == expected.keys()
@@ -85,7 +94,7 @@ def test_rlhf_runs_through_all_stages_and_every_process_ends_with_the_same(tmp_p
     run_dir = tmp_path / "run"
     args = tiny(run_dir, ptx_coef=0.1, target_kl=10.0)
     torch.save(vars(args), tmp_path / "options.pt")
-    output = torchrun(2, ROOT / "tests" / "torchrun_worker.py", "ppo_rlhf_llm", tmp_path)
+    output = torchrun(2, WORKER, "ppo_rlhf_llm", tmp_path)
     assert output.stdout.count("evaluation: ") == 1
     assert len(list(run_dir.glob("events*"))) == 1 and (run_dir / "policy").is_dir()
     for tag, points in curve(run_dir).items():

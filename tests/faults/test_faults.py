@@ -1,8 +1,8 @@
 """Test faults: checkpoints stay usable, resumed runs equal uninterrupted ones, errors say what to do.
 
-pytest tests/test_faults.py --slow                     the short version, as in CI
-pytest tests/test_faults.py --slow --campaign          the long version; writes benchmarks/results/faults.csv
-pytest tests/test_faults.py --slow --campaign --trials 7 --trial-seed 3 -k killed
+pytest tests/faults --slow                     the short version, as in CI
+pytest tests/faults --slow --campaign          the long version; writes benchmarks/results/faults.csv
+pytest tests/faults --slow --campaign --trials 7 --trial-seed 3 -k killed
 """
 
 import csv
@@ -29,23 +29,27 @@ from typing import Literal, get_args, get_origin
 import gymnasium as gym
 import numpy as np
 import pytest
+import suite
 import torch
 from suite import (
     ROOT,
     SCRIPTS,
+    WITH_SUITE,
     Faulty,
     Spaces,
     action_space,
+    assert_same_run,
+    command,
     control,
     curve,
     discrete,
     each_kind,
     probe,
     register,
+    same,
     scripts_with,
     small,
 )
-from test_resume import assert_same_run, command, same
 
 every_script = scripts_with("Args")
 
@@ -85,24 +89,32 @@ class Trials:
         self.seed = config.getoption("--trial-seed")
         self.draw = random.Random(self.seed)
 
-    def __call__(self, few, many):
+    def __call__(self, fault, ppo, few, many):
+        """Return the number of trials. Remove the row of the fault, so that only survived() restores it."""
+        self.key = fault, getattr(ppo, "__name__", ppo)
         number = self.config.getoption("--trials")
-        return range(number or (many if self.config.getoption("--campaign") else few))
+        self.number = number or (many if self.config.getoption("--campaign") else few)
+        self.record()
+        return self.number
 
-    def survived(self, fault, ppo, number):
-        """Record survived trials in RESULTS, but only in a campaign with the default number of trials."""
+    def survived(self):
+        """Record that the trials were survived."""
+        self.record(self.number)
+
+    def record(self, number=None):
+        """Write a row of RESULTS, or remove it, but only in a campaign with the default number of trials."""
         if not self.config.getoption("--campaign") or self.config.getoption("--trials"):
             return
         with RESULTS.open("a+", newline="") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # pytest -n runs several processes
             file.seek(0)
             rows = {(row["fault"], row["script"]): row["survived"] for row in csv.DictReader(file)}
-            rows[fault, ppo.__name__] = number
+            rows[self.key] = number
             file.seek(0)
             file.truncate()
             writer = csv.writer(file)
             writer.writerow(["fault", "script", "survived"])
-            writer.writerows((*key, number) for key, number in sorted(rows.items()))
+            writer.writerows((*key, number) for key, number in sorted(rows.items()) if number)
 
 
 @pytest.fixture
@@ -113,10 +125,11 @@ def trials(request):
 def start(ppo, *options, slow_saves=False):
     words = command(ppo, *options)
     if slow_saves:
-        words[1:2] = [str(ROOT / "tests" / "fault_runner.py"), ppo.__name__]
+        words[1:2] = [str(ROOT / "tests" / "faults" / "fault_runner.py"), ppo.__name__]
     # a test run in the background may ignore SIGINT, and its subprocesses would inherit that
     settings = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True)
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
+    settings |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=WITH_SUITE)
+    return subprocess.Popen(words, **settings)
 
 
 def run(ppo, *options, **settings):
@@ -158,6 +171,38 @@ def alone(tmp_path_factory):
     return of
 
 
+def kill_and_resume(ppo, words, undisturbed, duration, tmp_path, number, draw, while_saving):
+    """Kill runs `number` times, at random or while they save; each ends like the undisturbed one."""
+    kills, runs = 0, itertools.count()
+    folder = None
+    while folder or kills < number:
+        folder = folder or tmp_path / str(next(runs))
+        sign = folder / "writing"
+        begun = (folder / "checkpoint.pt").exists()
+        options = ["--resume", folder] if begun else [*words, "--run-dir", folder]
+        process = start(ppo, *options, slow_saves=while_saving and kills < number)
+        if kills < number:
+            if while_saving:
+                for save in range(draw.choice([1, 1, 2, 3])):  # interrupt the last of these saves
+                    if save:
+                        wait_for(process, sign, there=False)
+                    wait_for(process, sign, there=True)
+                time.sleep(draw.uniform(0, 0.4))
+            else:
+                time.sleep(draw.uniform(0, duration))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                kills += sign.exists() if while_saving else 1
+                sign.unlink(missing_ok=True)
+                continue
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-3000:]
+        assert_same_run(ppo, undisturbed, folder)
+        folder = None
+        assert next(runs) < 10 * number, "runs end before they can be killed"
+
+
 class TestKills:
     """Tests of killing a run at any time, also while saving; once resumed, it equals an uninterrupted run."""
 
@@ -168,43 +213,19 @@ class TestKills:
     )
     def test_a_killed_run_goes_on_to_the_same_end(self, ppo, case, alone, tmp_path, trials):
         while_saving = case == "while it saves"
-        (undisturbed, duration), kills, runs = alone(ppo), 0, itertools.count()
-        number = len(trials(1, 12) if while_saving else trials(1, 40))
-        folder = None
-        while folder or kills < number:
-            folder = folder or tmp_path / str(next(runs))
-            sign = folder / "writing"
-            begun = (folder / "checkpoint.pt").exists()
-            options = ["--resume", folder] if begun else [*short_run(ppo), "--run-dir", folder]
-            process = start(ppo, *options, slow_saves=while_saving and kills < number)
-            if kills < number:
-                if while_saving:
-                    for save in range(trials.draw.choice([1, 1, 2, 3])):  # interrupt the last of these saves
-                        if save:
-                            wait_for(process, sign, there=False)
-                        wait_for(process, sign, there=True)
-                    time.sleep(trials.draw.uniform(0, 0.4))
-                else:
-                    time.sleep(trials.draw.uniform(0, duration))
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    kills += sign.exists() if while_saving else 1
-                    sign.unlink(missing_ok=True)
-                    continue
-            said, _ = process.communicate()
-            assert process.returncode == 0, said[-3000:]
-            assert_same_run(ppo, undisturbed, folder)
-            folder = None
-            assert next(runs) < 10 * number, "runs end before they can be killed"
-        trials.survived(f"killed {case}", ppo, kills)
+        undisturbed, duration = alone(ppo)
+        number = trials(f"killed {case}", ppo, 1, 12 if while_saving else 40)
+        kill_and_resume(
+            ppo, short_run(ppo), undisturbed, duration, tmp_path, number, trials.draw, while_saving
+        )
+        trials.survived()
 
     @in_suites(slow="ppo_continuous SIGTERM, ppo_rlhf_llm SIGINT", cases=("SIGINT", "SIGTERM"))
     def test_ctrl_c_says_how_to_go_on_and_after_sigterm_resuming_is_exact_too(
         self, ppo, case, alone, tmp_path, trials
     ):
         undisturbed, duration = alone(ppo)
-        for trial in trials(1, 5):
+        for trial in range(trials("Ctrl-C" if case == "SIGINT" else case, ppo, 1, 5)):
             folder = tmp_path / str(trial)
             workers = ["--async-envs"] * (case == "SIGTERM" and hasattr(ppo, "make_envs"))
             process = start(ppo, *short_run(ppo), *workers, "--run-dir", folder)
@@ -222,7 +243,7 @@ class TestKills:
             time.sleep(1)  # event file names have a resolution of one second
             run(ppo, "--resume", folder, check=True)
             assert_same_run(ppo, undisturbed, folder)
-        trials.survived("Ctrl-C" if case == "SIGINT" else case, ppo, len(trials(1, 5)))
+        trials.survived()
 
 
 def with_file_size(limit):
@@ -254,9 +275,7 @@ def tiny(ppo, run_dir, **options):
     """Return arguments for a run of about a second."""
     if ppo.__name__ != "ppo_rlhf_llm":
         return small(ppo, run_dir, **options)
-    import test_rlhf
-
-    return test_rlhf.tiny(run_dir, **options)
+    return suite.tiny(run_dir, **options)
 
 
 def longer(ppo, by=2):
@@ -266,17 +285,93 @@ def longer(ppo, by=2):
     return ["--total-timesteps", 512 * by]
 
 
+@pytest.fixture(scope="module")
+def model_options(tmp_path_factory):
+    """Return options for a run of all stages that trains adapters of a random model on data files."""
+    transformers = pytest.importorskip("transformers", reason="needs requirements-extra.txt")
+    pytest.importorskip("peft", reason="needs requirements-extra.txt")
+    folder = tmp_path_factory.mktemp("model")
+    model = suite.save_model(folder / "model", transformers, "Llama")
+    rows = [dict(prompt=p, completion=c, chosen=c, rejected=r) for p, c, r in suite.PAIRS]
+    data = suite.write(folder / "data.jsonl", rows)
+    options = "--batch-size 8 --num-minibatches 2 --answer-length 8 --context 48 --total-episodes 160"
+    options += " --eval-prompts 2 --sft-epochs 1 --checkpoint-every 2 --lora-rank 2"
+    return [*options.split(), "--model", model, "--sft-data", data, "--preference-data", data]
+
+
+@pytest.mark.campaign
+class TestAdapters:
+    """Tests of faults with --model and --lora-rank, whose checkpoints have only the trained weights."""
+
+    @pytest.mark.parametrize("case", ["at any moment", "while it saves"])
+    def test_a_killed_run_goes_on_to_the_same_end(self, case, model_options, tmp_path, trials):
+        number = trials(f"adapters: killed {case}", suite.rlhf, 1, 12)
+        alone, began = tmp_path / "alone", time.monotonic()
+        run(suite.rlhf, *model_options, "--run-dir", alone, check=True)
+        duration = time.monotonic() - began
+        kill_and_resume(
+            suite.rlhf,
+            model_options,
+            alone,
+            duration,
+            tmp_path,
+            number,
+            trials.draw,
+            case == "while it saves",
+        )
+        trials.survived()
+
+    def test_no_space_for_the_checkpoint_or_the_policy(self, model_options, tmp_path, trials):
+        """Limit the size of files below that of the largest file; with more space the run ends as usual."""
+        number = trials("adapters: no space", suite.rlhf, 1, 10)
+        alone = tmp_path / "alone"
+        run(suite.rlhf, *model_options, "--run-dir", alone, check=True)
+        largest = max(path.stat().st_size for path in alone.rglob("*") if path.is_file())
+        for trial in range(number):
+            limit, folder = trials.draw.randrange(40_000, largest), tmp_path / str(trial)
+            words = [*model_options, "--run-dir", folder]
+            result = run(suite.rlhf, *words, preexec_fn=with_file_size(limit))
+            assert_refused(result, "File too large", events=True)
+            time.sleep(1)  # event file names have a resolution of one second
+            begun = (folder / "checkpoint.pt").exists()
+            run(suite.rlhf, *(["--resume", folder] if begun else words), check=True)
+            assert_same_run(suite.rlhf, alone, folder)
+            policies = [path / "policy" / "model.safetensors" for path in (alone, folder)]
+            assert policies[0].read_bytes() == policies[1].read_bytes()
+        trials.survived()
+
+
+CORRUPT = {
+    "weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "header of the weights": ("model.safetensors", lambda data: b"x" * 64 + data[64:]),
+    "configuration": ("config.json", lambda data: data[:20]),
+    "tokenizer": ("tokenizer.json", lambda data: data[:20]),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_a_corrupt_model_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers", reason="needs requirements-extra.txt")
+    file, spoil = CORRUPT[name]
+    folder = suite.save_model(tmp_path / "model", transformers, "Llama")
+    path = tmp_path / "model" / file
+    path.write_bytes(spoil(path.read_bytes()))
+    words = ["--model", folder, "--skip-sft", "--reward-function", "math:fsum", "--run-dir", tmp_path / "run"]
+    said = refusal_after(suite.rlhf, monkeypatch, capsys, *words)
+    assert said.startswith(f"error: --model {folder}: ")
+
+
 class TestDisk:
     @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
     def test_no_space_for_a_checkpoint(self, ppo, saved_run, run_dir, trials):
         saved_run(ppo, run_dir)
         before = ppo.load_checkpoint(run_dir)
-        for _ in trials(1, 10):
+        for _ in range(trials("no space for a checkpoint", ppo, 1, 10)):
             limit = trials.draw.randrange(1000, (run_dir / "checkpoint.pt").stat().st_size)
             result = run(ppo, "--resume", run_dir, *longer(ppo), preexec_fn=with_file_size(limit))
             assert_refused(result, "File too large")
             assert same(ppo.load_checkpoint(run_dir), before)
-        trials.survived("no space for a checkpoint", ppo, len(trials(1, 10)))
+        trials.survived()
 
     # not for RLHF: its event files are never as large as its checkpoints
     @in_suites(slow="ppo_continuous", among=[ppo for ppo in SCRIPTS if hasattr(ppo, "make_envs")])
@@ -286,7 +381,7 @@ class TestDisk:
         run(ppo, *options, tmp_path / "alone", check=True)
         (events,) = (tmp_path / "alone").glob("events*")
         sizes = (tmp_path / "alone" / "checkpoint.pt").stat().st_size + 1000, events.stat().st_size - 1000
-        for trial in trials(1, 10):
+        for trial in range(trials("no space for events", ppo, 1, 10)):
             limit, folder = trials.draw.randrange(*sizes), tmp_path / str(trial)
             result = run(ppo, *options, folder, preexec_fn=with_file_size(limit))
             assert_refused(result, "File too large", events=True)
@@ -294,7 +389,7 @@ class TestDisk:
             time.sleep(1)  # event file names have a resolution of one second
             run(ppo, "--resume", folder, check=True)
             assert_same_run(ppo, tmp_path / "alone", folder)
-        trials.survived("no space for events", ppo, len(trials(1, 10)))
+        trials.survived()
 
     @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
     def test_a_run_folder_that_may_not_be_written(self, ppo, saved_run, run_dir):
@@ -400,16 +495,16 @@ def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir,
     """Allow damage that changes nothing: some bytes between the parts of the archive are unused."""
     saved_run(ppo, run_dir)
     path, before = run_dir / "checkpoint.pt", ppo.load_checkpoint(run_dir)
-    data, refused = path.read_bytes(), 0
-    for _ in trials(20, 2000):
+    data, refused, number = path.read_bytes(), 0, trials("a spoiled checkpoint", ppo, 20, 2000)
+    for _ in range(number):
         path.write_bytes(spoiled(data, trials.draw))
         try:
             assert same(ppo.load_checkpoint(run_dir), before)
         except ppo.UserError as error:
             refused += 1
             assert "is missing, damaged or not a" in str(error)
-    assert refused > len(trials(20, 2000)) / 2
-    trials.survived("a spoiled checkpoint", ppo, len(trials(20, 2000)))
+    assert refused > number / 2
+    trials.survived()
 
 
 @control
@@ -496,6 +591,17 @@ def test_from_the_shell_an_environment_that_raises_is_a_traceback_and_exit_code_
     assert result.returncode == 1
     assert "broken.py" in result.stderr  # the file that raised it
     assert result.stderr.endswith("FileNotFoundError: no licence\nin environment 0\n")
+
+
+def test_from_the_shell_a_reward_function_that_raises_is_a_traceback_and_exit_code_1(tmp_path):
+    (tmp_path / "taste.py").write_text(
+        "def score(prompts, answers):\n    raise FileNotFoundError('no word list')\n"
+    )
+    words = [*words_of_a_small_job(suite.rlhf), "--reward-function", "taste:score", "--run-dir", "run"]
+    result = run(suite.rlhf, *words, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "taste.py" in result.stderr and "FileNotFoundError: no word list" in result.stderr
+    assert suite.rlhf.load_checkpoint(tmp_path / "run")["stage"] == 1  # SFT is saved
 
 
 @pytest.mark.slow
@@ -628,7 +734,8 @@ class Enough(Exception):
 def test_options_drawn_at_random_run_or_are_refused_in_one_line(ppo, tmp_path, monkeypatch, capsys, trials):
     monkeypatch.chdir(tmp_path)
     explained_variance, ran = ppo.explained_variance, 0
-    for trial in trials(10, 500):
+    number = trials("options drawn at random", ppo, 10, 500)
+    for trial in range(number):
         iterations = itertools.count(1)
 
         def end_of_iteration(*inputs, iterations=iterations):
@@ -652,8 +759,8 @@ def test_options_drawn_at_random_run_or_are_refused_in_one_line(ppo, tmp_path, m
             errors = [line for line in said.splitlines() if line.startswith("error: ")]
             assert len(errors) == 1 or "For full helptext" in said, said
     print(f"{ran} of them ran")
-    assert ran >= len(trials(10, 500)) // 10
-    trials.survived("options drawn at random", ppo, len(trials(10, 500)))
+    assert ran >= number // 10
+    trials.survived()
 
 
 def words_of_a_small_job(ppo):
@@ -670,7 +777,7 @@ def words_of_a_small_job(ppo):
 @in_suites(slow="ppo_rlhf_llm")
 def test_the_same_options_twice_give_the_same_weights(ppo, tmp_path, trials):
     """Run each of several random command lines twice, in new processes."""
-    same_runs = 0
+    same_runs, number = 0, trials("twice the same", ppo, 1, 10)
     for trial in itertools.count():
         words = random_options(ppo, trials.draw, strange=0)
         words = [*words_of_a_small_job(ppo), *words]
@@ -682,6 +789,65 @@ def test_the_same_options_twice_give_the_same_weights(ppo, tmp_path, trials):
         run(ppo, *words, "--run-dir", two, check=True)
         assert_same_run(ppo, one, two)
         same_runs += 1
-        if same_runs == len(trials(1, 10)):
+        if same_runs == number:
             break
-    trials.survived("twice the same", ppo, same_runs)
+    trials.survived()
+
+
+ONE_STEP = """
+import gymnasium as gym
+
+class OneStep(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, True, False, {}
+
+gym.register("OneStep-v0", OneStep)
+"""
+LONG = {  # script and options
+    "ten million steps": (
+        "ppo_discrete",
+        "--num-envs 16 --num-steps 128 --num-minibatches 1 --update-epochs 1 --total-timesteps 10_000_000",
+    ),
+    "100,000 episodes of one step": (
+        "ppo_continuous",
+        "--env-id one_step:OneStep-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --update-epochs 1"
+        " --total-timesteps 100_000 --checkpoint-every 10",
+    ),
+    "20,000 answers": ("ppo_rlhf_llm", "--total-episodes 20_000 --kl-target None"),
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", LONG)
+def test_memory_is_constant_over_a_long_run(name, tmp_path, trials):
+    """Print the slope of the resident memory after the first tenth of the run, which must be small."""
+    (ppo,) = (ppo for ppo in SCRIPTS if ppo.__name__ == LONG[name][0])
+    trials(f"memory: {name}", ppo, 1, 1)
+    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    small_job = words_of_a_small_job(ppo) if ppo is suite.rlhf else []
+    words = command(ppo, *small_job, *LONG[name][1].split(), "--run-dir", "run")
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    mebibytes, page = [], os.sysconf("SC_PAGE_SIZE") / 2**20
+    wait_for(process, tmp_path / "run" / "checkpoint.pt", there=True)  # training begins
+    while process.poll() is None:
+        with open(f"/proc/{process.pid}/statm") as file:
+            mebibytes.append(int(file.read().split()[1]) * page)
+        time.sleep(0.1)
+    assert process.returncode == 0
+    after = np.array(mebibytes[len(mebibytes) // 10 : -10])  # without the end, which evaluates
+    slope = np.polyfit(np.linspace(0, 1, len(after)), after, 1)[0]
+    print(
+        f"{name}: {slope:+.1f} MiB over {len(after) / 10:.0f} s, from {after[0]:.0f} to {after[-1]:.0f} MiB"
+    )
+    assert slope < 0.05 * after[0]
+    trials.survived()

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from suite import ROOT, resumed
-from test_rlhf import prompts_of, rlhf, tiny
-from test_rlhf_models import PAIRS, save_model, save_tokenizer, shout, write
+from suite import PAIRS, ROOT, resumed, rlhf, save_model, save_tokenizer, tiny, write
+from test_rlhf import prompts_of
+from test_rlhf_models import shout
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="models from outside need requirements-extra.txt")

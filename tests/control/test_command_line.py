@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import PAGES, ROOT, action_space, control, register, scripts_with, small
+from suite import PAGES, ROOT, action_space, control, refusal, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -22,19 +22,6 @@ def shell(*arguments, **options):
         stdin=subprocess.DEVNULL,
         **options,
     )
-
-
-def refusal(ppo, monkeypatch, capsys, *arguments):
-    """Return the error of main() and check that it is one line (or one box of tyro), with exit code 2."""
-    monkeypatch.setattr(sys, "argv", [f"{ppo.__name__}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        ppo.main()
-    assert stop.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.strip().splitlines()
-    assert "For full helptext" in said.err or (len(lines) == 1 and lines[0].startswith("error: "))
-    return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in lines).split())
 
 
 @control

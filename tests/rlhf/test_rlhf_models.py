@@ -12,76 +12,30 @@ import sys
 import numpy as np
 import pytest
 import torch
-from suite import PAGES, curve, resumed
+from suite import (
+    PAGES,
+    PAIRS,
+    assert_same_run,
+    curve,
+    refusal,
+    resumed,
+    rlhf,
+    save_model,
+    save_tokenizer,
+    tiny,
+    write,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_command_line import refusal
-from test_resume import assert_same_run
-from test_rlhf import encoded, prompts_of, rlhf, rows, tiny, train_and_stop
+from test_rlhf import encoded, prompts_of, rows, train_and_stop
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-THINGS = {"zh": "灯 伞 船 钟 琴 椅子", "en": "lamp tent kettle", "short": "Lamp Tent Boat Bell Bike"}
-PAIRS = [  # prompt, chosen, rejected
-    *((f"我的{x}坏了。\n", f"对不起。我们修理{x}。", f"{x}。不知道。") for x in THINGS["zh"].split()),
-    *((f"My {x} leaks.\n", f"Sorry! We repair the {x}.", "Ask later.") for x in THINGS["en"].split()),
-    *((f"{x} broke\n", f"We repair the {x}.", "No.") for x in THINGS["short"].split()),
-]
 KINDS = ("GPT2", "Llama", "Bloom", "Qwen2")
 
 
 @pytest.fixture(scope="session")
 def transformers():
     return pytest.importorskip("transformers", reason="models from outside need requirements-extra.txt")
-
-
-def save_tokenizer(folder, transformers, **special):
-    """Train a byte-level tokenizer on the pairs above, save it to folder and return it."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(["".join(row) for row in PAIRS], 400, special_tokens=["<end>"])
-    special = {"eos_token": "<end>"} | special
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def save_model(folder, transformers, kind, head="CausalLM", **special):
-    """Save a random model of the given kind with its tokenizer and return the folder as a string."""
-    tokenizer = save_tokenizer(folder, transformers, **special)
-    sizes = {
-        "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
-        "Bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),
-        "OPT": dict(
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            dropout=0.5,
-        ),
-    }
-    sizes["Llama"] = sizes["Qwen2"] = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128,
-    )  # fmt: skip
-    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
-    config = getattr(transformers, kind + "Config")(vocab_size=len(tokenizer), **ids, **sizes[kind])
-    if head == "SequenceClassification":
-        config.num_labels = 1
-    torch.manual_seed(1)
-    model = getattr(transformers, "AutoModelFor" + head).from_config(config)
-    # add noise: with the small initial weights, the outputs for all texts are almost the same
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

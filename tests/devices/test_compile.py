@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from suite import SCRIPTS, control, resumed, small
-from test_resume import same
+from suite import SCRIPTS, control, resumed, same, small
 
 # raised in torch when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

@@ -13,8 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from suite import KINDS, SCRIPTS, TIMED, curve, small
-from test_rlhf import rlhf, tiny
+from suite import KINDS, SCRIPTS, TIMED, curve, rlhf, small, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
