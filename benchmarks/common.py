@@ -1,14 +1,12 @@
-"""Helpers of the speed benchmarks: import a script, run a fresh process, continue an interrupted table."""
+"""Helpers of the benchmarks: paths, import of a script, training with a peer."""
 
-import csv
 import importlib.util
-import resource
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
 from pathlib import Path
 from types import ModuleType
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,50 +20,48 @@ def load(script: str) -> ModuleType:
     return ppo
 
 
-def in_fresh_process(*words: object, python: str = sys.executable) -> list[str]:
-    """Run this benchmark with the given arguments in a fresh process and return the last line it prints."""
-    command = [python, sys.argv[0], *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(f"{' '.join(command)}\n{run.stderr[-3000:]}")
-    return run.stdout.splitlines()[-1].split()
+def thin(points: list[tuple], count: int = 50) -> str:
+    """Replace (steps, value) by the means of at most `count` blocks and write them as text."""
+    blocks = np.array_split(np.array(points, dtype=float), min(count, len(points)))
+    return " ".join(f"{block[-1, 0]:.0f}:{block[:, 1].mean():.5g}" for block in blocks)
 
 
-def measured(name: str, columns: Sequence[str], turns: Iterable[tuple], measure: Callable) -> list[dict]:
-    """Measure all turns and return the rows of results/NAME.csv: the key of a turn and measure(*key).
+def run_peer(algorithm: str, task: str, seed: int, steps: int, settings: dict, eval_episodes: int) -> dict:
+    """Train with PPO of stable-baselines3 or TRPO of sb3-contrib, with one thread, and return the results.
 
-    The file is written after every turn. Turns that are in it already are not repeated.
+    settings are those of the algorithm, and n_envs (1) and normalize (True).
     """
-    path, rows = RESULTS / f"{name}.csv", [list(columns)]
-    if path.exists():
-        with path.open() as file:
-            rows = list(csv.reader(file))
-    for turn in turns:
-        key = [str(word) for word in turn]
-        if key in (row[: len(key)] for row in rows):
-            continue
-        rows.append([*key, *map(str, measure(*turn))])
-        print(*rows[-1], flush=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    return [dict(zip(columns, row, strict=True)) for row in rows[1:]]
+    import torch
+    from sb3_contrib import TRPO
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize
 
+    class Returns(BaseCallback):
+        def _on_step(self) -> bool:
+            ended = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+            episodes.extend((self.num_timesteps, value) for value in ended)
+            return True
 
-def values(rows: list[dict], column: str, **key: object) -> list[float]:
-    """Return the numbers of a column in the rows with this key, in the order of measurement."""
-    return [
-        float(row[column])
-        for row in rows
-        if all(row[name] == str(word) for name, word in key.items()) and row[column]
-    ]
-
-
-def median(rows: list[dict], column: str, **key: object) -> float:
-    """Return the median of a column, or nan if there are no rows with this key."""
-    found = values(rows, column, **key)
-    return statistics.median(found) if found else float("nan")
-
-
-def peak_mebibytes() -> float:
-    """Return the peak memory of this process in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    episodes, settings = [], dict(settings)
+    n_envs, normalize = settings.pop("n_envs", 1), settings.pop("normalize", True)
+    envs, test = make_vec_env(task, n_envs, seed=seed), make_vec_env(task, 1, seed=seed + 1000)
+    if normalize:
+        envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99))
+        test = VecNormalize(test, training=False, norm_reward=False)
+        test.obs_rms = envs.obs_rms
+    torch.set_num_threads(1)
+    model = {"TRPO": TRPO, "PPO": PPO}[algorithm]("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    started = time.perf_counter()
+    model.learn(steps, callback=Returns())
+    seconds = time.perf_counter() - started
+    evaluation, _ = evaluate_policy(model, test, eval_episodes)
+    return dict(
+        steps=model.num_timesteps,
+        seconds=seconds,
+        last_100_episodes=np.mean([value for _, value in episodes[-100:]]),
+        evaluation=evaluation,
+        curve=thin(episodes),
+    )

@@ -1,6 +1,7 @@
 """Show what the metrics of a failing run look like: one good run of Pendulum, and four with one fault each.
 
     python benchmarks/debugging.py                         write debugging.csv and debugging.png, some minutes
+    python benchmarks/debugging.py --quick                 try each run for 4,096 steps; record nothing
 
 docs/debugging.md explains the picture.
 """
@@ -9,12 +10,16 @@ import csv
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gymnasium as gym
 import matplotlib
+import tyro
 from common import RESULTS, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,19 +45,22 @@ class Terminating(gym.Wrapper):
 gym.register("TerminatingPendulum-v1", lambda: Terminating(gym.make("Pendulum-v1")))
 
 
-def run(fault: str, options: str) -> list[list]:
-    """Train with the options and return (fault, metric, step, value) for each point."""
-    folder = ROOT / "runs" / "debugging" / fault.replace(" ", "_")
+@dataclass
+class Options:
+    """Options of this benchmark."""
+
+    faults: list[str] = field(default_factory=lambda: list(FAULTS))
+    quick: bool = False
+    """stop each run after 4,096 steps, and record nothing"""
+
+
+def run(fault: str, folder: Path, steps: int) -> list[list]:
+    """Train with a fault, or read that run; return (fault, metric, step, value) of all points."""
     if not (folder / "checkpoint.pt").exists():
-        command = [
-            sys.executable,
-            str(ROOT / "ppo_continuous.py"),
-            "--run-dir",
-            str(folder),
-            *options.split(),
-        ]
+        command = [sys.executable, str(ROOT / "ppo_continuous.py"), *FAULTS[fault].split()]
+        command += ["--total-timesteps", str(steps), "--run-dir", str(folder)]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        subprocess.run([*command, "--total-timesteps", "100_000"], check=True, env=env)
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     points = [(metric, point) for metric in METRICS for point in events.Scalars(metric)]
     return [[fault, metric, point.step, f"{point.value:.5g}"] for metric, point in points]
@@ -66,7 +74,11 @@ def draw(rows: list[list]) -> None:
             points = [
                 (step, float(value)) for name, what, step, value in rows if (name, what) == (fault, metric)
             ]
-            axis.plot(*zip(*points, strict=True), label=fault, linewidth=2 if fault == "none" else 1)
+            axis.plot(
+                *zip(*points, strict=True),
+                label="defaults" if fault == "none" else fault,
+                linewidth=2 if fault == "none" else 1,
+            )
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -77,13 +89,25 @@ def draw(rows: list[list]) -> None:
     figure.savefig(RESULTS / "debugging.png", dpi=80)
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Train with each fault, write the points and draw them."""
-    rows = [row for fault, options in FAULTS.items() for row in run(fault, options)]
-    with (RESULTS / "debugging.csv").open("w", newline="") as file:
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            for fault in tqdm(options.faults, unit=" runs"):
+                run(fault, Path(folder) / fault.replace(" ", "_"), 4096)
+        return
+    path = RESULTS / "debugging.csv"
+    rows = []
+    if path.exists():
+        with path.open() as file:
+            rows = [row for row in list(csv.reader(file))[1:] if row[0] not in options.faults]
+    runs = ROOT / "runs" / "debugging"
+    for fault in tqdm(options.faults, unit=" runs"):
+        rows += run(fault, runs / fault.replace(" ", "_"), 100_000)
+    with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["fault", "metric", "step", "value"], *rows])
     draw(rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

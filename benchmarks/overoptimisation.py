@@ -1,6 +1,8 @@
 """Measure reward over-optimisation on the built-in task of ppo_rlhf_llm.py, whose true reward is known.
 
     python benchmarks/overoptimisation.py                  run what is missing, then write tables and picture
+    python benchmarks/overoptimisation.py --seeds 1 --variants "beta 0" "beta 0.1"
+    python benchmarks/overoptimisation.py --quick          only write tables and picture
 
 After Gao et al. 2022 (https://arxiv.org/abs/2210.10760): true ("gold") and learned reward against d, the
 square root of the KL to the SFT model, for reward models trained on few and on many comparisons. PPO runs
@@ -23,12 +25,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import tyro
 from common import RESULTS, ROOT, load
+from tqdm import tqdm
 
 rlhf = load("ppo_rlhf_llm")
 
@@ -208,16 +212,26 @@ def write(name: str, rows: list[list]) -> None:
         csv.writer(file).writerows(rows if file.tell() else [COLUMNS[name], *rows])
 
 
-def missing() -> Iterator[list[tuple]]:
+@dataclass
+class Options:
+    """Options of this benchmark."""
+
+    seeds: list[int] = field(default_factory=lambda: list(SEEDS))
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    quick: bool = False
+    """train nothing; write tables and picture from the results"""
+
+
+def missing(options: Options) -> Iterator[list[tuple]]:
     """Yield (function, *arguments) of the runs missing from the tables; runs come after those they need."""
     done = {(row["variant"], int(row["seed"]), int(row["pairs"])) for row in read("curves")}
     wanted = [*itertools.product(PENALTIES, SEEDS, PAIRS), *itertools.product(SLOW | HELD, SEEDS, PAIRS[-1:])]
-    jobs = [
-        (best_of_n, seed) for seed in SEEDS if str(seed) not in {row["seed"] for row in read("best_of_n")}
-    ]
+    sampled = {int(row["seed"]) for row in read("best_of_n")}
+    jobs = [(best_of_n, seed) for seed in options.seeds if seed not in sampled]
+    wanted = [key for key in wanted if key[0] in options.variants and key[1] in options.seeds]
     jobs += [(optimise, *key) for key in wanted if key not in done]
     if jobs:
-        yield [(learn_rewards, seed) for seed in SEEDS]
+        yield [(learn_rewards, seed) for seed in options.seeds]
         yield jobs
 
 
@@ -397,18 +411,20 @@ def draw() -> None:
     figure.savefig(RESULTS / "overoptimisation.png", dpi=80)
 
 
-def main() -> None:
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.Pool(os.cpu_count(), set_up_worker) as pool:
-        for jobs in missing():
-            for tables, told in pool.imap_unordered(quietly, jobs):
-                for name, rows in tables.items():
-                    write(name, rows)
-                print(told, flush=True)
+def main(options: Options) -> None:
+    """Run what is missing from the results and report all results."""
+    if not options.quick:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.Pool(os.cpu_count(), set_up_worker) as pool:
+            for jobs in missing(options):
+                for tables, told in tqdm(pool.imap_unordered(quietly, jobs), total=len(jobs), unit=" runs"):
+                    for name, rows in tables.items():
+                        write(name, rows)
+                    tqdm.write(told)
+        shutil.rmtree(RUNS)
     (RESULTS / "overoptimisation.md").write_text("\n".join(report()) + "\n")
     draw()
-    shutil.rmtree(RUNS)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

@@ -1,90 +1,95 @@
-"""Draw learning.csv, penalty.csv, rlhf.csv and rlhf_real.csv of results/ as PNG files and print their tables.
+"""Draw the pictures of the documentation from the CSV files of benchmarks/results.
 
-python benchmarks/plot.py
+    python benchmarks/plot.py
+
+Requires requirements-extra.txt.
 """
 
 import csv
 import statistics
 from collections import defaultdict
-from pathlib import Path
 
 import matplotlib
+import numpy as np
+from common import RESULTS
+from learning import PAPER_TASKS, read_runs
+from tables import PEERS, SB3, rates, tasks_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).resolve().parent / "results"
-
 
 def main() -> None:
-    """Draw one panel per task and one line per seed; dots show the final evaluations."""
-    with (RESULTS / "learning.csv").open() as file:
-        learning = list(csv.DictReader(file))
-    for script in dict.fromkeys(row["script"] for row in learning):
-        draw(script, [row for row in learning if row["script"] == script])
-    with (RESULTS / "penalty.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    draw_controller([row for row in rows if row["variant"].startswith("target")])
-    clip = [row | {"variant": "clip"} for row in learning if row["script"] == "ppo_continuous"]
-    compare([row for row in rows if row["variant"] == "adaptive"], clip)
+    """Draw all pictures whose results are there."""
+    runs = read_runs()
+    names = {variant for variant, _, _ in runs}
+    for script in ("ppo_continuous", "ppo_discrete", "ppo_penalty"):
+        draw(runs, {script: script}, tasks_of(script), f"learning_{script}")
+    if "TRPO" in names:
+        draw(runs, PEERS, PAPER_TASKS, "ancestors")
+        draw(runs, PEERS, PAPER_TASKS, "ancestors_seconds", seconds=True)
+    if "stable-baselines3" in names:
+        tasks = [task for task in tasks_of("stable-baselines3") if task in tasks_of("ppo_continuous")]
+        draw(runs, SB3, tasks, "stable_baselines3", seconds=True)
+    if "adaptive KL 0.01" in names:
+        draw_controller(runs)
+    if (RESULTS / "speed.csv").exists():
+        draw_speed()
     with (RESULTS / "rlhf.csv").open() as file:
         draw_rlhf(list(csv.DictReader(file)))
     with (RESULTS / "rlhf_real.csv").open() as file:
         draw_real(list(csv.DictReader(file)))
 
 
-def draw(script: str, rows: list[dict[str, str]]) -> None:
-    """Write the picture of one script and print its table."""
-    curves, evaluations = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
-    for row in rows:
-        task, seed, point = row["task"], int(row["seed"]), (int(row["steps"]), float(row["value"]))
-        if row["what"] == "charts/episodic_return":
-            curves[task][seed].append(point)
-        elif row["what"] == "eval/episodic_return":
-            evaluations[task][seed] = point
-    lines = 1 if len(curves) <= 2 else 2 if len(curves) <= 8 else 3
-    columns = (len(curves) + lines - 1) // lines
-    size = (3.5 * columns, 3 * lines)
+def of(runs: dict, variant: str, task: str) -> dict[int, dict[str, str]]:
+    """Return the runs of a variant on a task by seed."""
+    return {seed: row for (v, t, seed), row in sorted(runs.items()) if (v, t) == (variant, task)}
+
+
+def draw(runs: dict, variants: dict[str, str], tasks: list[str], name: str, seconds: bool = False) -> None:
+    """Draw one panel per task: training returns of each seed, thin, and their mean over the seeds."""
+    present = {variant for variant, task, _ in runs if task in tasks}
+    variants = {variant: label for variant, label in variants.items() if variant in present}
+    lines = 1 if len(tasks) <= 2 else 2 if len(tasks) <= 8 else 3
+    columns = (len(tasks) + lines - 1) // lines
+    size = (3.3 * columns, 2.8 * lines)
     figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for panel, task in zip(panels.flat, curves, strict=False):
-        for color, seed in enumerate(sorted(curves[task])):
-            line = dict(color=f"C{color}", linewidth=1, label=f"seed {seed}")
-            panel.plot(*zip(*curves[task][seed], strict=True), **line)
-            panel.plot(*evaluations[task][seed], "o", color=f"C{color}")
-        panel.set_title(task, fontsize=10)
-        panel.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:.0f}k")
+    for panel, task in zip(panels.flat, tasks, strict=False):
+        for color, (variant, label) in enumerate(variants.items()):
+            curves = []
+            for row in of(runs, variant, task).values():
+                steps, returns = np.array([x.split(":") for x in row["curve"].split()], dtype=float).T
+                scale = float(row["seconds"]) / float(row["steps"]) if seconds else 1
+                curves.append((steps * scale, returns))
+                panel.plot(*curves[-1], color=f"C{color}", linewidth=0.6, alpha=0.35)
+            if curves:
+                end = min(x[-1] for x, _ in curves)
+                grid = np.linspace(max(x[0] for x, _ in curves), end, 60)
+                mean = np.mean([np.interp(grid, *curve) for curve in curves], 0)
+                panel.plot(grid, mean, color=f"C{color}", linewidth=1.8, label=label)
+        panel.set_title(f"{task}", fontsize=10)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}" if seconds else f"{x / 1000:.0f}k")
         panel.grid(alpha=0.3)
-    for panel in panels.flat[len(curves) :]:
+    for panel in panels.flat[len(tasks) :]:
         panel.remove()
-    panels.flat[0].legend(fontsize=7)
-    figure.supxlabel("environment steps")
-    figure.supylabel("return (line: training, dot: evaluation)")
-    figure.savefig(RESULTS / f"learning_{script}.png", dpi=80)
-
-    print(f"{script}\n| task | steps | evaluation of each seed (mean of 20 deterministic episodes) | worst |")
-    print("|-|-|-|-|")
-    for task, seeds in evaluations.items():
-        values = [value for _, (_, value) in sorted(seeds.items())]
-        small = 0 < max(map(abs, values)) < 10
-        each = ", ".join(f"{value:.2f}" if small else str(round(value)) for value in values)
-        worst = f"{min(values):.2f}" if small else round(min(values))
-        print(f"| {task} | {next(iter(seeds.values()))[0]:,} | {each} | {worst} |")
+    if len(variants) > 1:
+        panels.flat[0].legend(fontsize=7)
+    figure.supxlabel("seconds of training" if seconds else "environment steps")
+    figure.supylabel("return of training episodes")
+    figure.savefig(RESULTS / f"{name}.png", dpi=80)
+    plt.close(figure)
 
 
-def draw_controller(rows: list[dict[str, str]]) -> None:
-    """Draw KL and coefficient over time for each target, and print how close the KL came to it."""
-    curves = defaultdict(list)
-    for row in rows:
-        curves[row["variant"].split()[1], row["what"]].append((int(row["steps"]), float(row["value"])))
+def draw_controller(runs: dict) -> None:
+    """Draw KL and coefficient over time for each target, on HalfCheetah, seed 1."""
     figure, panels = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
-    print("| target | median KL after 20 iterations | ratio |\n|-|-|-|")
-    for color, target in enumerate(dict.fromkeys(target for target, _ in curves)):
+    for color, target in enumerate((0.003, 0.01, 0.03)):
+        run = runs[f"adaptive KL {target}", "HalfCheetah-v5", 1]
+        points = np.array([x.split(":") for x in run["controller"].split()], dtype=float)
         line = dict(color=f"C{color}", linewidth=1, label=f"target {target}")
-        panels[0].plot(*zip(*curves[target, "losses/kl"], strict=True), **line)
-        panels[0].axhline(float(target), color=f"C{color}", linewidth=1, linestyle="dotted")
-        panels[1].step(*zip(*curves[target, "charts/kl_coef"], strict=True), **line)
-        median = statistics.median(kl for _, kl in curves[target, "losses/kl"][20:])
-        print(f"| {target} | {median:.4f} | {median / float(target):.2f} |")
+        panels[0].plot(points[:, 0], points[:, 1], **line)
+        panels[0].axhline(target, color=f"C{color}", linewidth=1, linestyle="dotted")
+        panels[1].step(points[:, 0], points[:, 2], **line)
     for panel, label in zip(panels, ("KL(old, new), nats", "kl_coef"), strict=True):
         panel.set_yscale("log")
         panel.set_ylabel(label)
@@ -95,36 +100,34 @@ def draw_controller(rows: list[dict[str, str]]) -> None:
     figure.savefig(RESULTS / "penalty_controller.png", dpi=80)
 
 
-def compare(adaptive: list[dict[str, str]], clip: list[dict[str, str]]) -> None:
-    """Print a table of tasks and variants: evaluations of all seeds, and the median."""
-    runs = {(row["task"], row["steps"]) for row in adaptive}
-    evaluations = defaultdict(lambda: defaultdict(list))
-    for row in sorted(adaptive + clip, key=lambda row: int(row["seed"])):
-        if row["what"] == "eval/episodic_return" and (row["task"], row["steps"]) in runs:  # of equal length
-            evaluations[row["task"]][row["variant"]].append(float(row["value"]))
-    variants = ("clip", "adaptive")
-    print("| task | " + " | ".join(variants) + " |\n|-|" + "-|" * len(variants))
-    for task, values in sorted(evaluations.items()):
-        cells = []
-        for returns in (values[variant] for variant in variants):
-            each = ", ".join(f"{x:.0f}" for x in returns)
-            cells.append(f"**{statistics.median(returns):.0f}** ({each})" if returns else "-")
-        print(f"| {task} | " + " | ".join(cells) + " |")
+def draw_speed() -> None:
+    """Draw the rates of the scripts and their peers: a bar for the median, a dot for each turn."""
+    jobs = {
+        "HalfCheetah-v5": ("eager", "--compile", "stable-baselines3"),
+        "CartPole-v1": ("eager", "--compile", "stable-baselines3"),
+        "RLHF": ("eager", "TRL"),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    for panel, (job, variants) in zip(panels, jobs.items(), strict=True):
+        for place, variant in enumerate(variants):
+            each, label = rates(job, variant), variant.replace("-b", "-\nb")
+            panel.bar(label, statistics.median(each), color=f"C{place}", alpha=0.4)
+            panel.plot([label] * len(each), each, "o", color=f"C{place}", markersize=4)
+        panel.set_title(f"{job}, {'answers' if job == 'RLHF' else 'steps'} per second", fontsize=10)
+    figure.savefig(RESULTS / "speed.png", dpi=80)
 
 
 def draw_rlhf(rows: list[dict[str, str]]) -> None:
-    """Draw score, true reward and KL of each seed, and print a table of the evaluations."""
-    curves, evaluations = defaultdict(list), defaultdict(dict)
+    """Draw score, true reward and KL of each seed, of the built-in job."""
+    curves = defaultdict(list)
     for row in rows:
         point = (int(row["step"]), float(row["value"]))
         if row["what"].startswith("rlhf/"):
             curves[row["what"], row["seed"]].append(point)
-        else:
-            evaluations[row["seed"]][row["what"].split("/")[1]] = point[1]
     labels = {"rlhf/score": "reward model's score", "rlhf/gold": "labeller's score", "rlhf/kl": "KL, nats"}
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3), layout="constrained")
     for panel, (tag, label) in zip(panels, labels.items(), strict=True):
-        for color, seed in enumerate(evaluations):
+        for color, seed in enumerate(dict.fromkeys(seed for _, seed in curves)):
             line = dict(color=f"C{color}", linewidth=1, label=f"seed {seed}")
             panel.plot(*zip(*curves[tag, seed], strict=True), **line)
         panel.set_title(label, fontsize=10)
@@ -133,19 +136,14 @@ def draw_rlhf(rows: list[dict[str, str]]) -> None:
     panels[0].legend(fontsize=7)
     figure.supxlabel("answers")
     figure.savefig(RESULTS / "rlhf.png", dpi=80)
-    names = ("accuracy", "win_rate", "gold", "kl", "finished", "distinct")
-    print("| seed | " + " | ".join(names) + " |\n|-|" + "-|" * len(names))
-    for seed, values in evaluations.items():
-        print(f"| {seed} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |")
 
 
 def draw_real(rows: list[dict[str, str]]) -> None:
-    """Draw reward and KL of each seed and job, and print the first and last tenth of each run."""
+    """Draw reward and KL of each seed and job."""
     jobs = list(dict.fromkeys(row["job"] for row in rows))
     figure, panels = plt.subplots(
         len(jobs), 2, figsize=(7, 3 * len(jobs)), squeeze=False, layout="constrained"
     )
-    print("| job | seed | reward, first tenth | reward, last tenth | KL |\n|-|-|-|-|-|")
     for line, job in zip(panels, jobs, strict=True):
         for seed in dict.fromkeys(row["seed"] for row in rows if row["job"] == job):
             run = [row for row in rows if (row["job"], row["seed"]) == (job, seed)]
@@ -154,11 +152,6 @@ def draw_real(rows: list[dict[str, str]]) -> None:
                 panel.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
                 panel.set_title(f"{job}: {name}", fontsize=10)
                 panel.grid(alpha=0.3)
-            tenth = max(1, len(run) // 10)
-            means = [
-                statistics.mean(float(row["reward"]) for row in part) for part in (run[:tenth], run[-tenth:])
-            ]
-            print(f"| {job} | {seed} | {means[0]:.2f} | {means[1]:.2f} | {float(run[-1]['kl']):.1f} |")
     panels[0][0].legend(fontsize=7)
     figure.supxlabel("answers")
     figure.savefig(RESULTS / "rlhf_real.png", dpi=80)

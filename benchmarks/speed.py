@@ -1,222 +1,300 @@
-"""Run all speed benchmarks and report them with the machine, the versions and the commands.
+"""Measure the speed and memory of the scripts and of their peers on the same work.
 
-    python benchmarks/speed.py                             write benchmarks/results/speed.md and speed.png
+    python benchmarks/speed.py                             everything, an hour on an idle machine
+    python benchmarks/speed.py --jobs HalfCheetah-v5 CartPole-v1 --turns 3
+    python benchmarks/speed.py --quick                     one short run of each job; record nothing
+    python benchmarks/plot.py                              draw the picture; tables.py writes the tables
 
-Runs steps.py, parts.py, rlhf_speed.py, growth.py, solve.py and gpu.py one after another, about an hour on an
-idle machine. Continues if interrupted. Measurements in benchmarks/results are not repeated: delete the CSV
-files of these scripts to measure again. docs/performance.md quotes the tables.
-
-Requires requirements-extra.txt.
+JOBS has the commands. The variants of a job alternate, each in a fresh process, so that noise on the machine
+affects all of them; compare the medians. results/speed.csv has one row for each run: steps per second (RLHF:
+answers per second), the median over all iterations but the first, and the peak memory of the process.
+Measurements in it are not repeated: delete its rows to measure again. Control scripts use one thread, RLHF
+two. Jobs with --cuda run only where there is a GPU. Requires requirements-extra.txt; TRL 1.12.0, the last
+version with PPO, is installed into its own environment, runs/trl.
 """
 
 import csv
-import math
+import itertools
+import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import venv
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
+import torch
+import tyro
+from common import RESULTS, ROOT, run_peer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from common import RESULTS, ROOT, median, values
+COLUMNS = ["job", "variant", "turn", "rate", "mebibytes", "machine"]
+TRL = ROOT / "runs" / "trl"
+TORCHRUN = "torchrun --standalone --nproc-per-node=2"
+HALF_CHEETAH = (
+    "ppo_continuous --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --num-minibatches 32"
+    " --update-epochs 10 --learning-rate 3e-4 --target-kl None --total-timesteps 16_384"
+)
+CART_POLE = (
+    "ppo_discrete --env-id CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4"
+    " --no-norm-obs --no-norm-reward --learning-rate 3e-4 --lr-kl-target None --total-timesteps 51_200"
+)
+PENALTY = HALF_CHEETAH.replace("ppo_continuous", "ppo_penalty")
+BREAKOUT = (
+    "ppo_discrete --env-id ALE/Breakout-v5 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4"
+    " --total-timesteps 8_192"
+)
+HUMANOID = "ppo_continuous --env-id Humanoid-v5 --total-timesteps 16_384"
+# four models of 0.83 million parameters; prompts of 16 tokens (bytes), answers of 32
+RLHF = (
+    "ppo_rlhf_llm --layers 4 --heads 4 --width 128 --batch-size 64 --num-minibatches 1 --update-epochs 4"
+    " --answer-length 32 --context 48 --total-episodes 512 --sft-data DATA --preference-data DATA"
+)
+MEMORY = (
+    "ppo_rlhf_llm --model GPT2 --sft-data FEW --preference-data FEW --batch-size 4 --num-minibatches 1"
+    " --micro-batch-size 1 --answer-length 8 --context 64 --total-episodes 8 --eval-prompts 2 --sft-epochs 1"
+)
+LARGE = (
+    "ppo_rlhf_llm --cuda --model MODEL --skip-sft --prompt-data DATA --reward-function speed:length"
+    " --batch-size 64 --num-minibatches 4 --update-epochs 2 --answer-length 128 --context 160"
+    " --total-episodes 320 --eval-prompts 2"
+)
+JOBS = {  # job: {variant: command}; the peers have the settings of the script
+    "HalfCheetah-v5": {
+        "eager": HALF_CHEETAH,
+        "--compile": f"{HALF_CHEETAH} --compile",
+        "stable-baselines3": "peer",
+        "environment alone": "environment",
+    },
+    "CartPole-v1": {
+        "eager": CART_POLE,
+        "--compile": f"{CART_POLE} --compile",
+        "stable-baselines3": "peer",
+        "environment alone": "environment",
+    },
+    "RLHF": {"eager": RLHF, "TRL": "peer"},
+    "HalfCheetah-v5, penalty": {"eager": PENALTY, "--compile": f"{PENALTY} --compile"},
+    "Humanoid-v5": {"1 process": HUMANOID, "2 processes": f"{TORCHRUN} {HUMANOID}"},
+    "environments": {
+        f"{n} {mode}": f"{HALF_CHEETAH} --num-envs {n} --num-steps {2048 // n} {option}"
+        for n, mode, option in (
+            (1, "sync", ""),
+            (8, "sync", ""),
+            (64, "sync", ""),
+            (8, "async", "--async-envs"),
+        )
+    },
+    "memory": {"all weights": MEMORY, "--lora-rank 16": f"{MEMORY} --lora-rank 16", "imports": "imports"},
+}
+if torch.cuda.is_available():
+    works = {
+        "HalfCheetah-v5": HALF_CHEETAH,
+        "CartPole-v1": CART_POLE,
+        "Breakout": BREAKOUT,
+        "penalty": PENALTY,
+    }
+    JOBS |= {
+        f"GPU, {name}": {option: f"{work} {option}" for option in ("", "--cuda", "--cuda --compile")}
+        for name, work in works.items()
+    }
+    JOBS["GPU, RLHF"] = {name: LARGE.replace("MODEL", name) for name in ("GPT2", "LLAMA")}
 
-BENCHMARKS = ("steps", "parts", "rlhf_speed", "growth", "solve", "gpu")
-LIBRARIES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "stable-baselines3")
-SIDES = {"ours": "eager", "compiled": "--compile", "stable_baselines3": "stable-baselines3"}
+
+@dataclass
+class Options:
+    """Options of this benchmark."""
+
+    jobs: list[str] = field(default_factory=lambda: list(JOBS))
+    turns: int = 5
+    quick: bool = False
+    """measure the first variant of each job once, and record nothing"""
 
 
-def read(name: str) -> list[dict[str, str]]:
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def length(prompts: list[str], answers: list[str]) -> list[float]:
+    """Score answers for RLHF; their quality does not matter here."""
+    return [float(len(answer)) for answer in answers]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["-"] * len(header), *rows]
-    return "\n".join(
-        "|" + "|".join(line if line[0] == "-" else (f" {cell} " for cell in line)) + "|" for line in lines
+def write_inputs(folder: Path, words: list[str]) -> list[str]:
+    """Write the data and the model that a command names in capitals, and return the command with their paths.
+
+    Prompts have 16 letters and answers as many as an answer may have tokens, so that no model learns to end
+    early.
+    """
+    space = " " if {"GPT2", "LLAMA"} & set(words) else ""  # their tokenizer splits at spaces
+    draw, lengths = random.Random(1), [int(b) for a, b in itertools.pairwise(words) if a == "--answer-length"]
+    lines = []
+    for _ in range(256):
+        prompt, *answers = (
+            space.join(draw.choices("abcdefgh", k=k)) for k in (16, *(lengths or [2])[-1:] * 2)
+        )
+        chosen, rejected = (answer[: -1 - len(space)] for answer in answers)  # and the end token
+        lines.append(dict(prompt=prompt, completion=chosen, chosen=chosen, rejected=rejected))
+    for name, some in (("DATA", lines), ("FEW", lines[:24])):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in some))
+    for name in {"GPT2", "LLAMA"} & set(words):
+        write_model(folder / name)
+    return [str(folder / word) if word in ("DATA", "FEW", "GPT2", "LLAMA") else word for word in words]
+
+
+def write_model(folder: Path) -> None:
+    """Write a random model of transformers, with a tokenizer for the letters of the data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
     )
+
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+    words = Tokenizer(models.WordLevel(letters, unk_token="x"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="y", pad_token="z", unk_token="x")
+    tokenizer.save_pretrained(folder)
+    if folder.name == "GPT2":  # 97 million weights with this vocabulary
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=16_000, n_positions=160, eos_token_id=24))
+    else:
+        shape = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22)
+        shape |= dict(num_attention_heads=32, num_key_value_heads=4, eos_token_id=24)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **shape))
+    model.save_pretrained(folder)
+
+
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(code)
+"""
+
+
+def peak_memory(command: list[str], env: dict[str, str]) -> float:
+    """Run a command and return its peak memory in MiB.
+
+    A small process starts it, because the peak of a new process is at least the memory of the one it is
+    forked from.
+    """
+    words = [sys.executable, "-c", LAUNCHER, *map(str, command)]
+    run = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if run.returncode:
+        sys.exit(f"failed: {' '.join(words[3:])}")
+    return float(run.stdout.splitlines()[-1])
+
+
+def run_script(command: str, folder: Path) -> tuple[float, float]:
+    """Run a command; return its rate and the peak memory of the process in MiB."""
+    words, launcher = write_inputs(folder, command.split()), [sys.executable]
+    if words[0] == "torchrun":
+        launcher, words = [sys.executable, "-m", "torch.distributed.run", *words[1:3]], words[3:]
+    control = words[0] != "ppo_rlhf_llm"
+    words = [
+        str(ROOT / f"{words[0]}.py"),
+        *words[1:],
+        "--run-dir",
+        str(folder / "run"),
+        "--checkpoint-every",
+        "1_000",
+    ]
+    words += ["--eval-episodes", "1"] if control else []
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1" if control else "2"}
+    mebibytes = peak_memory([*launcher, *words], env)
+    events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
+    if control:
+        rate = statistics.median(event.value for event in events.Scalars("charts/SPS")[1:])
+    else:
+        rows = events.Scalars("losses/policy_loss")
+        rate = statistics.median(
+            (b.step - a.step) / (b.wall_time - a.wall_time) for a, b in itertools.pairwise(rows)
+        )
+    return rate, mebibytes
+
+
+def run_environment(task: str) -> float:
+    """Return steps per second of the environment alone, with random actions."""
+    import gymnasium as gym
+
+    env = gym.make(task)
+    env.action_space.seed(1)
+    env.reset(seed=1)
+    started = time.perf_counter()
+    for _ in range(20_000):
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            env.reset()
+    return 20_000 / (time.perf_counter() - started)
+
+
+def run_trl() -> tuple[float, float]:
+    """Return answers per second of TRL on the work of RLHF, and its peak memory in MiB."""
+    if not TRL.exists():
+        venv.create(TRL, with_pip=True)
+        pip = [TRL / "bin" / "python", "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"]
+        subprocess.run(pip, check=True)
+    command = [TRL / "bin" / "python", ROOT / "benchmarks" / "trl_ppo.py"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rate, mebibytes = map(float, output.splitlines()[-1].split())
+    return rate, mebibytes
+
+
+def measure(job: str, variant: str) -> tuple[float, float]:
+    """Return the rate of a variant of a job, and its peak memory in MiB."""
+    command = JOBS[job][variant]
+    if command == "imports":
+        imports = "import ppo_rlhf_llm, transformers, peft; transformers.GPT2LMHeadModel"
+        return 0.0, peak_memory([sys.executable, "-c", imports], os.environ | {"PYTHONPATH": str(ROOT)})
+    if command == "environment":
+        return run_environment(job), 0.0
+    if variant == "TRL":
+        return run_trl()
+    if command == "peer":
+        rows, envs, parts, epochs = (2048, 1, 32, 10) if job == "HalfCheetah-v5" else (512, 4, 4, 4)
+        settings = dict(n_envs=envs, n_steps=rows // envs, batch_size=rows // parts, n_epochs=epochs)
+        steps = 16_384 if job == "HalfCheetah-v5" else 51_200
+        results = run_peer("PPO", job, 1, steps, settings | dict(normalize=job == "HalfCheetah-v5"), 1)
+        return steps / results["seconds"], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        return run_script(command, Path(folder))
 
 
 def machine() -> str:
     """Describe the machine and the versions of the libraries."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return (
-        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, "
-        f"Python {platform.python_version()}, {libraries}, trl 1.12.0"
-    )
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    libraries = " ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3"))
+    return f"{processor}, {os.cpu_count()} cores{card}, Python {platform.python_version()}, {libraries}"
 
 
-def ratio(rows: list[dict], column: str, above: dict, below: dict) -> str:
-    """Format the ratio of the medians and the range of the ratios of single turns."""
-    each = [a / b for a, b in zip(values(rows, column, **above), values(rows, column, **below), strict=True)]
-    medians = median(rows, column, **above) / median(rows, column, **below)
-    return f"{medians:.2f} ({min(each):.2f} to {max(each):.2f})"
-
-
-def steps_table(rows: list[dict]) -> str:
-    lines = []
-    for job, label in (("half_cheetah", "HalfCheetah-v5"), ("cart_pole", "CartPole-v1")):
-        for clock in ("processor", "wall"):
-            cells = [f"{median(rows, clock, job=job, side=side):,.0f}" for side in SIDES]
-            peer = dict(job=job, side="stable_baselines3")
-            ratios = [ratio(rows, clock, dict(job=job, side=side), peer) for side in ("ours", "compiled")]
-            lines.append([label, clock, *cells, *ratios])
-    header = ["steps per second", "clock", *SIDES.values(), "eager, ratio", "--compile, ratio"]
-    return table(header, lines)
-
-
-def single_numbers(rows: list[dict]) -> str:
-    """Return the rows that do not compare steps per second."""
-    alone = dict(job="half_cheetah", side="environment")
-    shares = [
-        ratio(rows, "processor", dict(job="half_cheetah", side=side), alone) for side in ("ours", "compiled")
+def main(options: Options) -> None:
+    """Measure what is missing from the results."""
+    path = RESULTS / "speed.csv"
+    done = set()
+    if path.exists():
+        with path.open() as file:
+            done = {(row["job"], row["variant"], int(row["turn"])) for row in csv.DictReader(file)}
+    keys = [
+        (job, variant, k + 1) for job in options.jobs for k in range(options.turns) for variant in JOBS[job]
     ]
-    learning = [
-        1000 / median(rows, "processor", job="learning_step", side=side) for side in ("ours", "compiled")
-    ]
-    start = [median(rows, "wall", job="start", side=side) for side in ("ours", "stable_baselines3")]
-    steps = median(rows, "processor", **alone)
-    return table(
-        ["", "eager", "--compile", "stable-baselines3"],
-        [
-            [f"HalfCheetah-v5 as a share of the environment alone ({steps:,.0f} steps/s)", *shares, ""],
-            ["one learning step, ms", *(f"{x:.2f}" for x in learning), ""],
-            ["shell to first gradient, s", f"{start[0]:.1f}", "", f"{start[1]:.1f}"],
-        ],
-    )
-
-
-def solve_table(rows: list[dict]) -> str:
-    lines = []
-    for env_id in dict.fromkeys(row["env_id"] for row in rows):
-        times = [
-            values(rows, "seconds", env_id=env_id, side=s)
-            for s in ("defaults", "command", "stable_baselines3")
-        ]
-        times = [[math.inf if math.isnan(x) else x for x in run] for run in times]  # nan: not solved
-        medians = [statistics.median(x) for x in times]
-        worst = [
-            f"{max(x):.1f}" if max(x) < math.inf else f"{x.count(math.inf)} of {len(x)} never" for x in times
-        ]
-        cells = [f"{middle:.1f} ({x})" for middle, x in zip(medians, worst, strict=True)]
-        lines.append([env_id, *cells, *(f"{x / medians[2]:.2f}" for x in medians[:2])])
-    peer = "stable-baselines3, settings of its zoo"
-    return table(["seconds to solve", "shipped defaults", "one command", peer, "ratios", ""], lines)
-
-
-def rlhf_table(rows: list[dict]) -> str:
-    lines = []
-    for side in dict.fromkeys(row["side"] for row in rows):
-        seconds = values(rows, "seconds_per_iteration", side=side)
-        memory = max(values(rows, "peak_mebibytes", side=side))
-        speed = ratio(rows, "seconds_per_iteration", dict(side="trl"), dict(side=side))
-        span = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-        lines.append([side, span, f"{memory:,.0f}", speed if side != "trl" else ""])
-    return table(["RLHF", "seconds an iteration", "peak, MiB", "times as fast as TRL"], lines)
-
-
-def least(rows: list[dict], column: str, **key: object) -> float:
-    """Return the minimum over the turns, because other programs can only add to it."""
-    return min(values(rows, column, **key))
-
-
-def growth_table(rows: list[dict]) -> str:
-    """Return the minimum seconds and MiB over the turns, for each size."""
-    lines = []
-    for key in dict.fromkeys((row["grows"], row["variant"]) for row in rows):
-        some = dict(zip(("grows", "variant"), key, strict=True))
-        sizes = dict.fromkeys(int(row["size"]) for row in rows if (row["grows"], row["variant"]) == key)
-        for column, form in (("seconds", ".2f"), ("mebibytes", ",.0f")):
-            cells = (f"{size}: {least(rows, column, **some, size=size):{form}}" for size in sizes)
-            lines.append([" ".join(key), column, ", ".join(cells)])
-    return table(["what grows", "", "size: least of two turns"], lines)
-
-
-def draw(steps: list[dict], rlhf: list[dict], solve: list[dict], growth: list[dict]) -> None:
-    """Draw three rows of panels: speed against peers, time by size, memory by size."""
-    figure, panels = plt.subplots(3, 4, figsize=(15, 10), layout="constrained")
-    compared = (
-        ("HalfCheetah-v5, steps per second", steps, "processor", dict(job="half_cheetah"), SIDES),
-        ("CartPole-v1, steps per second", steps, "processor", dict(job="cart_pole"), SIDES),
-        ("Pendulum-v1, seconds to solve", solve, "seconds", dict(env_id="Pendulum-v1"), None),
-        ("RLHF, seconds an iteration", rlhf, "seconds_per_iteration", {}, None),
-    )
-    for panel, (title, rows, column, key, sides) in zip(panels[0], compared, strict=True):
-        sides = sides or {row["side"]: row["side"].replace("_baselines", "-baselines") for row in rows}
-        for place, (side, label) in enumerate(sides.items()):
-            each = values(rows, column, **key, side=side)
-            label = label.replace("stable-baselines3", "stable-\nbaselines3")
-            panel.bar(label, statistics.median(each), color=f"C{place}", alpha=0.4)
-            panel.plot([label] * len(each), each, "o", color=f"C{place}", markersize=4)
-        panel.set_title(title, fontsize=10)
-    titles = (
-        "environments",
-        "units in a hidden layer",
-        "tokens of an answer, 64 answers",
-        "answers of 32 tokens",
-    )
-    for column, (grows, title) in enumerate(
-        zip(dict.fromkeys(row["grows"] for row in growth), titles, strict=True)
-    ):
-        for variant in dict.fromkeys(row["variant"] for row in growth if row["grows"] == grows):
-            key = dict(grows=grows, variant=variant)
-            sizes = sorted(
-                {int(row["size"]) for row in growth if (row["grows"], row["variant"]) == tuple(key.values())}
-            )
-            seconds, memory = (
-                [least(growth, name, **key, size=size) for size in sizes] for name in ("seconds", "mebibytes")
-            )
-            work = {"envs": [2048] * len(sizes), "width": [2048] * len(sizes)}
-            work |= {"answer_length": [64 * n for n in sizes], "batch": [32 * n for n in sizes]}
-            rates = [done / s for done, s in zip(work[grows], seconds, strict=True)]
-            panels[1, column].plot(sizes, rates, "o-", markersize=3, label=variant)
-            panels[2, column].plot(sizes, memory, "o-", markersize=3, label=variant)
-        for panel in panels[1:, column]:
-            panel.set_xscale("log", base=2)
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
-            if grows in ("envs", "width"):
-                panel.legend(fontsize=8)
-        panels[1, column].set_title(
-            "steps per second" if column < 2 else "answer tokens per second", fontsize=10
-        )
-        panels[2, column].set_title("memory, MiB", fontsize=10)
-        panels[2, column].set_xlabel(title)
-    figure.savefig(RESULTS / "speed.png", dpi=70)
-
-
-def main() -> None:
-    for name in BENCHMARKS:
-        subprocess.run([sys.executable, ROOT / "benchmarks" / f"{name}.py"], check=True)
-    steps, rlhf, solve, growth = (read(name) for name in ("steps", "rlhf_speed", "solve", "growth"))
-    draw(steps, rlhf, solve, growth)
-    parts, gpu = read("parts"), read("gpu")
-    sections = [
-        f"# Speed\n\n{machine()}. Commands: "
-        + ", ".join(f"`python benchmarks/{name}.py`" for name in BENCHMARKS),
-        steps_table(steps),
-        single_numbers(steps),
-        table([*parts[0]], [list(row.values()) for row in parts]),
-        solve_table(solve),
-        rlhf_table(rlhf),
-        growth_table(growth),
-        table([*gpu[0]], [list(row.values()) for row in gpu]) if gpu else "No GPU was at hand.",
-        "![speed and growth](speed.png)",
-    ]
-    (RESULTS / "speed.md").write_text("\n\n".join(sections) + "\n")
+    if options.quick:
+        keys, done = [(job, next(iter(JOBS[job])), 1) for job in options.jobs], set()
+    for key in tqdm([key for key in keys if key not in done], unit=" runs"):
+        rate, mebibytes = measure(*key[:2])
+        tqdm.write(f"{key}: {rate:,.4g} per second, {mebibytes:,.0f} MiB")
+        if not options.quick:
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                row = [*key, f"{rate:.4g}", f"{mebibytes:.0f}", machine()]
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, row] if new else [row])
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

@@ -204,7 +204,10 @@ def test_the_tables_of_the_documentation_are_those_of_the_benchmarks(tables):
 @pytest.mark.parametrize(
     ("words", "turns"),
     [
-        (r"([\d.]+) times\s+the speed of stable-baselines3", ("HalfCheetah-v5", "eager", "stable-baselines3")),
+        (
+            r"([\d.]+) times\s+the speed of stable-baselines3",
+            ("HalfCheetah-v5", "eager", "stable-baselines3"),
+        ),
         (r"([\d.]+) times with `--compile`", ("HalfCheetah-v5", "--compile", "stable-baselines3")),
         (r"([\d.]+) times as fast as TRL", ("RLHF", "eager", "TRL")),
     ],
