@@ -44,6 +44,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
 
 @dataclass
 class Args:
@@ -266,6 +268,18 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
 
 
 # ------------------------------------------------------------------------------------------- the model
+
+
+def average(x: Tensor) -> Tensor:
+    """Average x over all processes, in place and with the same bits in each."""
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(x.div_(WORLD_SIZE))
+    return x
+
+
+def as_type_of(like: np.ndarray | Tensor, x: Tensor) -> np.ndarray | Tensor:
+    """Convert a tensor to an array if `like` is one, else move it to the device of `like`."""
+    return x.to(like.device) if torch.is_tensor(like) else x.cpu().numpy()
 
 
 class RunningMoments(nn.Module):
@@ -509,20 +523,7 @@ def derive_seed(*key: int) -> int:
 # ---------------------------------------------------------------------------------------- the algorithm
 
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm")
-
-
-def average(x: Tensor) -> Tensor:
-    """Average x over all processes, in place and with the same bits in each."""
-    if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(x.div_(WORLD_SIZE))
-    return x
-
-
-def as_type_of(like: np.ndarray | Tensor, x: Tensor) -> np.ndarray | Tensor:
-    """Convert a tensor to an array if `like` is one, else move it to the device of `like`."""
-    return x.to(like.device) if torch.is_tensor(like) else x.cpu().numpy()
 
 
 def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, ...]]:
@@ -637,7 +638,7 @@ def train(args: Args) -> list[float]:
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
             weights.grad, mb_metrics = gradient_of(agent, mb, args, beta)
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
-            if args.target_kl is not None and mb_metrics[3] > args.target_kl:
+            if args.target_kl is not None and mb_metrics[METRICS.index("approx_kl")] > args.target_kl:
                 break
             optimizer.step()
         # updated last, because the networks must learn from the inputs that the acting policy saw

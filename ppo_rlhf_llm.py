@@ -63,6 +63,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
 
 @dataclass
 class Args:
@@ -599,9 +601,6 @@ class Models(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------- the processes
-
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 def average(x: Tensor) -> Tensor:
