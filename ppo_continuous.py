@@ -553,7 +553,8 @@ def train(args: Args) -> list[float]:
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
             weights.grad, mb_metrics = gradient_of(agent, mb, args)
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
-            if args.target_kl is not None and mb_metrics[METRICS.index("approx_kl")] > args.target_kl:
+            kl = mb_metrics[METRICS.index("approx_kl")]
+            if args.target_kl is not None and kl > args.target_kl:
                 break
             optimizer.step()
         # updated last, because the networks must learn from the inputs that the acting policy saw

@@ -702,17 +702,17 @@ def train(args: Args) -> list[float]:
             advantages, returns = compute_gae(
                 rewards.float(), values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
-        batch = (obs[:-1], actions, legal, logprobs, values, advantages, returns)
-        batch = [x.flatten(0, 1) for x in batch]
+        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, legal, logprobs, values, advantages, returns)]
 
         # 3. epochs: K passes over the shuffled rows, in a single loop, so that one break ends all of them
         metrics = []
         for mb in minibatches(batch, len(batch[0]) // args.num_minibatches, args.update_epochs):
             weights.grad, mb_metrics = gradient_of(agent, mb, args, clip_coef)
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
-            if args.target_kl is not None and mb_metrics[METRICS.index("approx_kl")] > args.target_kl:
+            kl = mb_metrics[METRICS.index("approx_kl")]
+            if args.target_kl is not None and kl > args.target_kl:
                 break
-            learning_rate.copy_(follow_kl(learning_rate, mb_metrics[METRICS.index("approx_kl")], kl_target, max_lr))
+            learning_rate.copy_(follow_kl(learning_rate, kl, kl_target, max_lr))
             optimizer.step()
         if not agent.images:  # last, because the networks must learn from the inputs that the policy saw
             agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
