@@ -108,7 +108,7 @@ def mujoco() -> str:
             values, training = (
                 column("ppo_continuous", task, x) for x in ("evaluation", "last_100_episodes")
             )
-            seeds = f" ({len(training)} seeds)" if len(training) < len(values) else ""
+            seeds = f" ({len(training)} of {len(values)} seeds)" if len(training) < len(values) else ""
             last = shown(mean(training)) + seeds if training else "not recorded"
             cells = [
                 shown(median(values)),
