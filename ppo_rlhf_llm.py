@@ -600,16 +600,6 @@ class Models(nn.Module):
         return torch.autocast(self.kl_coef.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-# -------------------------------------------------------------------------------------------- the processes
-
-
-def average(x: Tensor) -> Tensor:
-    """Average x over all processes, in place and with the same bits in each."""
-    if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(x.div_(WORLD_SIZE))
-    return x
-
-
 # ------------------------------------------------------------------------------------------------- the data
 
 
@@ -1001,6 +991,13 @@ def score(models: Models, prompts: Sequence[Prompt], answers: Answers) -> Tensor
 
 
 # ------------------------------------------------------------------------------------------- stages 1 and 2
+
+
+def average(x: Tensor) -> Tensor:
+    """Average x over all processes, in place and with the same bits in each."""
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(x.div_(WORLD_SIZE))
+    return x
 
 
 def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tuple[Tensor, ...]]:

@@ -12,13 +12,13 @@ mujoco      ppo_continuous.py on ten MuJoCo tasks, ten seeds
 penalty     ppo_penalty.py on MuJoCo, five seeds
 table1      the eleven settings of Table 1 of the paper on its seven tasks, and the random policy
 ancestors   TRPO of sb3-contrib, the policy gradient and the unclipped surrogate on the same tasks
-sb3         PPO of stable-baselines3 on four tasks
+sb3         PPO of stable-baselines3 on six tasks
 atari       Pong and Breakout
 
 The peers have the settings of rl-baselines3-zoo. results/learning.csv has one row for each run: the seconds
 of training, the mean of the last 100 training episodes, the mean of 20 deterministic episodes at the end, the
 learning curve as "steps:return ...", and for ppo_penalty the controller as "steps:kl:kl_coef ...". Unfinished
-runs of the scripts are kept in runs/learning and resumed. Requires requirements-extra.txt and sb3-contrib.
+runs of the scripts are kept in runs/learning and resumed. Requires requirements-extra.txt.
 """
 
 import csv
@@ -252,13 +252,13 @@ def append(row: dict, path: Path = RESULTS / "learning.csv") -> None:
 
 def main(options: Options) -> None:
     """Run what is missing from the results, the first seed of all tasks first."""
-    folder = ROOT / "runs" / "learning"
     if options.quick:
         for part in tqdm([CAMPAIGNS[name][0] for name in options.campaigns], unit=" runs"):
             with tempfile.TemporaryDirectory() as folder:
                 row = run(part.variants[-1], part.tasks[0], 1, 10_240, Path(folder) / "run", quick=True)
             tqdm.write(f"{row['variant']}, {row['task']}: {row['seconds']} s, return {row['evaluation']}")
         return
+    folder = ROOT / "runs" / "learning"
     folder.mkdir(parents=True, exist_ok=True)
     parts, done = [part for name in options.campaigns for part in CAMPAIGNS[name]], read_runs()
     jobs = [
@@ -274,8 +274,11 @@ def main(options: Options) -> None:
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         names = ["__".join(map(str, job[:3])).replace("/", "-").replace(" ", "-") for job in jobs]
         runs = [pool.submit(run, *job, folder / name) for job, name in zip(jobs, names, strict=True)]
-        for future in tqdm(as_completed(runs), total=len(runs), unit=" runs"):
-            append(future.result())
+        try:
+            for future in tqdm(as_completed(runs), total=len(runs), unit=" runs"):
+                append(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, start no more runs
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main() -> None:
     if "stable-baselines3" in names:
         tasks = [task for task in tasks_of("stable-baselines3") if task in tasks_of("ppo_continuous")]
         draw(runs, SB3, tasks, "stable_baselines3", seconds=True)
-    if "adaptive KL 0.01" in names:
+    if all((f"adaptive KL {x}", "HalfCheetah-v5", 1) in runs for x in (0.003, 0.01, 0.03)):
         draw_controller(runs)
     if (RESULTS / "speed.csv").exists():
         draw_speed()

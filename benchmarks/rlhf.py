@@ -28,6 +28,7 @@ import random
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import tyro
@@ -114,14 +115,21 @@ def arithmetic_options(runs: Path) -> dict:
     )  # fmt: skip
 
 
+def saved(rlhf: ModuleType, folder: str):
+    """Return the arguments that resume a run."""
+    return replace(rlhf.Args(**rlhf.load_checkpoint(folder)["args"]), resume=folder)
+
+
+def finish(rlhf: ModuleType, args) -> list[dict]:
+    """Train, or continue an interrupted run, and return the metrics of each iteration."""
+    begun = (Path(args.run_dir) / "checkpoint.pt").exists()
+    return rlhf.train(saved(rlhf, args.run_dir) if begun else args)
+
+
 def run_built_in(runs: Path, seed: int, **options: int) -> list[list]:
     """Train with the default options and return rows for rlhf.csv."""
     rlhf, folder = load("ppo_rlhf_llm"), runs / f"built-in-{seed}"
-    resume = (folder / "checkpoint.pt").exists()
-    saved = rlhf.Args(**rlhf.load_checkpoint(folder)["args"]) if resume else None
-    rlhf.train(
-        replace(saved, resume=str(folder)) if resume else rlhf.Args(seed=seed, run_dir=str(folder), **options)
-    )
+    finish(rlhf, rlhf.Args(seed=seed, run_dir=str(folder), **options))
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     first = events.Scalars("reward_model/accuracy")[0].step  # stage 3 begins
     tags = ["reward_model/accuracy", "rlhf/score", "rlhf/gold", "rlhf/kl"]
@@ -135,12 +143,8 @@ def run(runs: Path, job: str, seed: int, **options: int) -> tuple[list[list], li
     rlhf, folder = load("ppo_rlhf_llm"), runs / f"{job}-{seed}"
     options = {"sentiment": sentiment_options, "arithmetic": arithmetic_options}[job](runs) | options
     args = rlhf.Args(**options, seed=seed, run_dir=str(folder))
-
-    def saved() -> rlhf.Args:
-        return replace(rlhf.Args(**rlhf.load_checkpoint(folder)["args"]), resume=str(folder))
-
-    history = rlhf.train(saved() if (folder / "checkpoint.pt").exists() else args)
-    _, state = rlhf.open_run(saved())
+    history = finish(rlhf, args)
+    _, state = rlhf.open_run(saved(rlhf, args.run_dir))
     models = rlhf.Models(args)
     models.load_state_dict(state["models"])
     mean, deviation = models.score_moments.tolist()

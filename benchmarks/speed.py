@@ -6,11 +6,11 @@
     python benchmarks/plot.py                              draw the picture; tables.py writes the tables
 
 JOBS has the commands. The variants of a job alternate, each in a fresh process, so that noise on the machine
-affects all of them; compare the medians. results/speed.csv has one row for each run: steps per second (RLHF:
-answers per second), the median over all iterations but the first, and the peak memory of the process.
-Measurements in it are not repeated: delete its rows to measure again. Control scripts use one thread, RLHF
-two. Jobs with --cuda run only where there is a GPU. Requires requirements-extra.txt; TRL 1.12.0, the last
-version with PPO, is installed into its own environment, runs/trl.
+affects all of them; compare the ratios of the turns. results/speed.csv has one row for each run: steps per
+second (RLHF: answers per second), the median over all iterations but the first, and the peak memory of the
+process. Measurements in it are not repeated: delete its rows to measure again. Control scripts use one
+thread, RLHF two. Jobs with --cuda run only where there is a GPU. Requires requirements-extra.txt; TRL 1.12.0,
+the last version with PPO, is installed into its own environment, runs/trl.
 """
 
 import csv
@@ -125,17 +125,16 @@ def length(prompts: list[str], answers: list[str]) -> list[float]:
 def write_inputs(folder: Path, words: list[str]) -> list[str]:
     """Write the data and the model that a command names in capitals, and return the command with their paths.
 
-    Prompts have 16 letters and answers as many as an answer may have tokens, so that no model learns to end
-    early.
+    Prompts have 16 letters. Answers with their end token have the length of the longest sampled answer, so
+    that no model learns to end early.
     """
+    if "--answer-length" not in words:
+        return words
     space = " " if {"GPT2", "LLAMA"} & set(words) else ""  # their tokenizer splits at spaces
-    draw, lengths = random.Random(1), [int(b) for a, b in itertools.pairwise(words) if a == "--answer-length"]
-    lines = []
+    draw, tokens, lines = random.Random(1), int(words[words.index("--answer-length") + 1]), []
     for _ in range(256):
-        prompt, *answers = (
-            space.join(draw.choices("abcdefgh", k=k)) for k in (16, *(lengths or [2])[-1:] * 2)
-        )
-        chosen, rejected = (answer[: -1 - len(space)] for answer in answers)  # and the end token
+        texts = (space.join(draw.choices("abcdefgh", k=k)) for k in (16, tokens - 1, tokens - 1))
+        prompt, chosen, rejected = texts
         lines.append(dict(prompt=prompt, completion=chosen, chosen=chosen, rejected=rejected))
     for name, some in (("DATA", lines), ("FEW", lines[:24])):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in some))
@@ -177,8 +176,8 @@ sys.exit(code)
 """
 
 
-def peak_memory(command: list[str], env: dict[str, str]) -> float:
-    """Run a command and return its peak memory in MiB.
+def run_process(command: list, env: dict[str, str] | None = None) -> tuple[list[str], float]:
+    """Run a command; return the lines that it prints and its peak memory in MiB.
 
     A small process starts it, because the peak of a new process is at least the memory of the one it is
     forked from.
@@ -187,7 +186,8 @@ def peak_memory(command: list[str], env: dict[str, str]) -> float:
     run = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     if run.returncode:
         sys.exit(f"failed: {' '.join(words[3:])}")
-    return float(run.stdout.splitlines()[-1])
+    *lines, mebibytes = run.stdout.splitlines()
+    return lines, float(mebibytes)
 
 
 def run_script(command: str, folder: Path) -> tuple[float, float]:
@@ -206,7 +206,7 @@ def run_script(command: str, folder: Path) -> tuple[float, float]:
     ]
     words += ["--eval-episodes", "1"] if control else []
     env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1" if control else "2"}
-    mebibytes = peak_memory([*launcher, *words], env)
+    _, mebibytes = run_process([*launcher, *words], env)
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
     if control:
         rate = statistics.median(event.value for event in events.Scalars("charts/SPS")[1:])
@@ -239,10 +239,8 @@ def run_trl() -> tuple[float, float]:
         venv.create(TRL, with_pip=True)
         pip = [TRL / "bin" / "python", "-m", "pip", "install", "torch==2.13.0", "trl==1.12.0"]
         subprocess.run(pip, check=True)
-    command = [TRL / "bin" / "python", ROOT / "benchmarks" / "trl_ppo.py"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    rate, mebibytes = map(float, output.splitlines()[-1].split())
-    return rate, mebibytes
+    lines, mebibytes = run_process([TRL / "bin" / "python", ROOT / "benchmarks" / "trl_ppo.py"])
+    return float(lines[-1]), mebibytes
 
 
 def measure(job: str, variant: str) -> tuple[float, float]:
@@ -250,7 +248,8 @@ def measure(job: str, variant: str) -> tuple[float, float]:
     command = JOBS[job][variant]
     if command == "imports":
         imports = "import ppo_rlhf_llm, transformers, peft; transformers.GPT2LMHeadModel"
-        return 0.0, peak_memory([sys.executable, "-c", imports], os.environ | {"PYTHONPATH": str(ROOT)})
+        command = [sys.executable, "-c", imports]
+        return 0.0, run_process(command, os.environ | {"PYTHONPATH": str(ROOT)})[1]
     if command == "environment":
         return run_environment(job), 0.0
     if variant == "TRL":

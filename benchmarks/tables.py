@@ -205,7 +205,7 @@ def files() -> str:
         rows.append([script, variant, result, *(f"{median(x):.1f} s" if x else "" for x in times)])
     wins = [100 * float(row["value"]) for row in read("rlhf") if row["what"] == "eval/win_rate"]
     result = f"beats SFT: {median(wins):.0f} %, worst {min(wins):.0f} % ({len(wins)})"
-    rows.append(["ppo_rlhf_llm", "RLHF", result, "2 to 3 min", ""])
+    rows.append(["ppo_rlhf_llm", "RLHF", result, "", ""])
     rows = [[f"[{script}.py]({script}.py)", *cells] for script, *cells in rows]
     return table("file | variant | default task: median (seeds) | solved in | stable-baselines3", rows)
 

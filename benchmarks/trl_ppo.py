@@ -1,10 +1,9 @@
 """Measure PPO of TRL 1.12.0 on the work of RLHF in speed.py, which runs this file in TRL's own environment.
 
-Prints answers per second, the median over all iterations but the first, and the peak memory in MiB.
+Prints answers per second, the median over all iterations but the first.
 """
 
 import itertools
-import resource
 import statistics
 import tempfile
 import time
@@ -47,4 +46,4 @@ if __name__ == "__main__":
         data = Dataset.from_dict({"input_ids": prompts})
         PPOTrainer(args, tokenizer, policy, reference, reward, data, value, callbacks=[Clock()]).train()
     seconds = statistics.median(b - a for a, b in itertools.pairwise(moments))
-    print(ANSWERS / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(ANSWERS / seconds)
