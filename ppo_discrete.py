@@ -471,7 +471,7 @@ class CheckedEnv(gym.Wrapper):
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
         self.index, self.space = index, env.observation_space
-        self.action_masks = getattr(env.unwrapped, "action_masks", None)
+        self.action_masks = getattr(env.unwrapped, "action_masks", lambda: None)
 
     def reset(self, **options):
         obs, info = noted(self.index, self.env.reset, **options)
@@ -485,8 +485,7 @@ class CheckedEnv(gym.Wrapper):
     def checked(self, obs, info) -> tuple[object, dict]:
         """Check an observation; find its action mask (A,) in info, in a Dict, or in env.action_masks()."""
         mask = info.get("action_mask", obs.get("action_mask") if isinstance(obs, dict) else None)
-        if mask is None and self.action_masks:
-            mask = self.action_masks()
+        mask = self.action_masks() if mask is None else mask
         if mask is not None and np.shape(mask) != (getattr(self.action_space, "n", None),):
             raise ValueError(f"the action mask {mask} does not have one number per action of a Discrete")
         return conform(obs, self.space), {} if mask is None else {"action_mask": np.asarray(mask) > 0}
@@ -497,7 +496,9 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
     try:
         return function(*inputs, **options)
     except Exception as error:
-        error.add_note(f"in environment {index}")
+        # main() reports an unknown environment or a package that it lacks in one line
+        if function is not gym.make or not isinstance(error, (gym.error.Error, ImportError)):
+            error.add_note(f"in environment {index}")
         raise
 
 
@@ -937,7 +938,7 @@ def main() -> None:
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, gym.error.Error, ImportError, OSError) as error:
-        if isinstance(error, OSError) and hasattr(error, "__notes__"):
+        if hasattr(error, "__notes__"):
             raise  # an error of an environment, with its traceback
         hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)

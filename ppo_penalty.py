@@ -493,7 +493,9 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
     try:
         return function(*inputs, **options)
     except Exception as error:
-        error.add_note(f"in environment {index}")
+        # main() reports an unknown environment or a package that it lacks in one line
+        if function is not gym.make or not isinstance(error, (gym.error.Error, ImportError)):
+            error.add_note(f"in environment {index}")
         raise
 
 
@@ -870,7 +872,7 @@ def main() -> None:
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, gym.error.Error, ImportError, OSError) as error:
-        if isinstance(error, OSError) and hasattr(error, "__notes__"):
+        if hasattr(error, "__notes__"):
             raise  # an error of an environment, with its traceback
         hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)

@@ -428,6 +428,10 @@ class Faulty(Counter):
         failing = self.fails and obs.item() == 3
         if failing and self.fault == "raises":
             raise RuntimeError("the simulator lost\nits licence")
+        if failing and self.fault == "raises an error of Gymnasium":
+            raise gym.error.InvalidAction("no such gear")
+        if failing and self.fault == "lacks a package":
+            import a_package_that_is_missing  # noqa: F401
         if failing and self.fault == "dies":
             os._exit(1)
         if failing and self.fault == "hangs":

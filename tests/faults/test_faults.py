@@ -523,6 +523,8 @@ class TestEnvironments:
         [
             ("raises", RuntimeError, "the simulator lost\nits licence"),
             ("raises at reset", RuntimeError, "no reset"),
+            ("raises an error of Gymnasium", gym.error.InvalidAction, "no such gear"),
+            ("lacks a package", ImportError, "a_package_that_is_missing"),
             ("grows", ValueError, "the observation [0. 0.] of dtype float32 does not fit into Box(-inf, inf"),
             ("leaves", ValueError, "the observation -1 of dtype int64 does not fit into Discrete(3)"),
             ("is no array", TypeError, "'dict'"),
