@@ -15,17 +15,17 @@
     python ppo_rlhf_llm.py --cuda --model PATH_OR_ID --sft-data FILE --preference-data FILE --prompt-data FILE
 
 Stage 1, supervised fine-tuning (SFT): a language model learns to answer as in the texts. Stage 2, reward
-model: a copy of it learns from pairs of answers which one a labeller prefers. Stage 3, PPO: the language
-model learns to give answers with high scores, while a KL penalty keeps it close to the SFT model.
+model: a copy of it is trained on pairs of answers to predict which one a labeller prefers. Stage 3, PPO: the
+language model learns to give answers with high scores, while a KL penalty keeps it close to the SFT model.
 By default nothing is downloaded: a small grammar generates the texts, and a labeller that follows rules
 generates the preferences. With --model (transformers) and JSONL files the same code uses real data.
 
 Papers: PPO, Schulman et al. 2017, https://arxiv.org/abs/1707.06347; RLHF, Ziegler et al. 2019,
 https://arxiv.org/abs/1909.08593; InstructGPT, Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
-Read from top to bottom: options, maths, models, data, stages, train(); the utilities come last.
+Read from top to bottom: options, maths, models, data, log-probabilities, stages, train(), utilities.
 
-Left out: 1. quantisation; 2. inference servers; 3. top-k and top-p: the sampling
-distribution must be the training distribution; 4. best-of-n, DPO and GRPO, which are other algorithms.
+Left out: 1. quantisation; 2. inference servers; 3. top-k and top-p, because the sampling distribution must be
+the training distribution; 4. best-of-n, DPO and GRPO, which are other algorithms.
 
 Shapes: N answers of an iteration, B of a minibatch, P tokens of the longest prompt, L of the longest answer,
 S = P + L, V tokens in the vocabulary, D numbers in a hidden state. Prompts are padded on the left and answers
@@ -77,7 +77,7 @@ class Args:
     critic_learning_rate: float | None = None
     """step size of Adam for the critic (None: learning_rate)"""
     critic_warmup: int = 0
-    """first iterations of stage 3, in which only the critic learns"""
+    """iterations at the start of stage 3 in which only the critic learns"""
     batch_size: int = 64
     """answers per iteration of stage 3 (N), summed over all processes"""
     answer_length: int = 56
@@ -101,7 +101,7 @@ class Args:
     update_epochs: int = 2
     """passes over the answers of an iteration (K)"""
     norm_adv: bool = True
-    """normalise the advantages of each iteration, over all its actions"""
+    """normalise the advantages of each iteration, over all actions of a process"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio (epsilon)"""
     clip_coef_high: float | None = None
@@ -129,7 +129,7 @@ class Args:
     dense_reward: bool = False
     """reward each token with the change of the score (else: the last token with the score)"""
     eos_penalty: float = 1.0
-    """subtracted from the score of an answer that reached answer_length without an end token"""
+    """subtracted from the score of an answer without an end token, in deviations of the SFT model's scores"""
     ptx_coef: float = 0.0
     """coefficient of the SFT loss in stage 3 (gamma of InstructGPT)"""
     model: str | None = None
@@ -173,7 +173,7 @@ class Args:
     eval_prompts: int = 200
     """held-out prompts of an evaluation, at most 200"""
     eval_every: int | None = None
-    """iterations between evaluations; the policy with the best win rate is kept (None: only at the end)"""
+    """iterations between evaluations; best_policy/ has the best so far (None: evaluate only at the end)"""
     seed: int = 1
     """seed of the weights, texts, labels, minibatches and samples"""
     cuda: bool = False
@@ -214,7 +214,7 @@ class Args:
         require(saved or self.minibatch_size % WORLD_SIZE == 0, "the processes do not divide a minibatch")
         require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt does not divide {share}")
         require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
-        require(self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
+        require(saved or self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
         require(self.kl_coef or self.kl_target is None, "kl_coef 0 cannot be adapted; use --kl-target None")
         require(rows <= self.kl_horizon or self.kl_target is None, f"kl_horizon must be at least {rows}")
         unused = self.reward_function and (self.dense_reward or self.preference_data)
@@ -507,7 +507,7 @@ def load_score_function(args: Args) -> Callable:
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(args.reward_function)
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ImportError, ValueError) as error:
         raise UserError(f"--reward-function {args.reward_function}: {error}") from error
 
     def score_texts(prompts: Sequence[Prompt], answers: list[str]) -> Any:
@@ -583,7 +583,8 @@ class Models(nn.Module):
         self.score_function = load_score_function(args) if args.reward_function else None
         self.reward = None if self.score_function else copy_model(self.critic)
         self.reference = copy_model(self.actor).requires_grad_(False)  # the SFT model after stage 1
-        self.register_buffer("score_moments", torch.tensor([0.0, 1.0]))  # mean and deviation
+        # mean and deviation of the scores of --reward-function; a reward model has them in its head
+        self.register_buffer("score_moments", torch.tensor([0.0, 1.0]))
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
         config = getattr(self.actor, "generation_config", None)  # which can have several end tokens
         ends = [self.tokenizer.eos_token_id, *np.atleast_1d(config and config.eos_token_id)]
@@ -634,7 +635,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Data:
-    """The data of all stages. To use your own: files, or a function that returns this.
+    """The data of all stages. For your own, pass files, or replace built_in_data() by a function like it.
 
     Answers are lists of tokens. A text is a prompt and an answer; a pair is a prompt, the chosen and the
     rejected answer.
@@ -644,7 +645,7 @@ class Data:
     prompts: list[Prompt]  # for stages 2 and 3
     held_out_texts: list[tuple[Prompt, list[int]]]  # for evaluations, as the other held-out rows
     held_out_prompts: list[Prompt]
-    labeller: Callable[[str, str], float] | None = None  # (prompt, answer) -> score ("gold"); or
+    labeller: Callable[[str, str], float] | None = None  # (prompt, answer) -> score ("gold"); None: pairs
     pairs: Sequence[tuple[Prompt, list[int], list[int]]] = ()
     held_out_pairs: Sequence[tuple[Prompt, list[int], list[int]]] = ()
     ptx_texts: Sequence[tuple[Prompt, list[int]]] = ()
@@ -671,7 +672,8 @@ def built_in_data(models: Models) -> Data:
     texts = [text(*draw.choice(others)) for _ in range(args.num_texts)]
     held_out_texts = [text(*case) for case in held_out]
     prompts, held_out_prompts = [text(*case)[0] for case in others], [prompt for prompt, _ in held_out_texts]
-    return Data(texts, prompts, held_out_texts, held_out_prompts, gold_score)
+    # with a --reward-function there is no labeller: the function decides which answer is better
+    return Data(texts, prompts, held_out_texts, held_out_prompts, models.reward and gold_score)
 
 
 def gold_score(prompt: str, answer: str) -> float:
@@ -694,7 +696,7 @@ ROLES, TURN = {"human": "user", "gpt": "assistant"}, "\n\nAssistant:"  # of Shar
 FORMS = {
     "prompt": "prompt, question, instruction, messages or conversations",
     "text": "a prompt with completion, answer, output or response; messages; conversations; or text",
-    "pair": "chosen and rejected, or pos_resp and neg_resp, with a prompt or both beginning with it",
+    "pair": "chosen and rejected (or pos_resp, neg_resp) with a prompt, or as messages, or with 'Assistant:'",
 }
 
 
@@ -754,8 +756,8 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict | None = None) -> tuple:
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
-    An answer ends with its first end token. A rendered prompt contains its special tokens. Raises UserError
-    if one is empty or too long.
+    An answer ends with its first end token; an empty answer is this token alone. A rendered prompt contains
+    its special tokens. Raises UserError if prompt and answer together are empty or too long.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
     ids = tokenize(tokenizer, prompt, not rendered)
@@ -776,11 +778,10 @@ def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict
 def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
     """Read a file with a JSON object in each line -> rows as encode() returns them. kind is a key of FORMS.
 
-    Lines that are too long are skipped with a message. Raises UserError for a line in none of the FORMS.
+    Lines that are too long or have an empty prompt or a system message are skipped with a message. Raises
+    UserError for a line in none of the FORMS.
     """
     data, rows, skipped = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf"), [], []
-    others = (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"[")
-    require(not data.startswith(others), f"{path} is gzip, UTF-16 or an array, not lines of JSON in UTF-8")
     for number, line in ((n, x) for n, x in enumerate(data.splitlines(), 1) if x.strip()):
         try:
             entry = json.loads(line.decode())
@@ -797,7 +798,7 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
 
 
 def prompt_key(row: tuple) -> str:
-    """Return what rows of one prompt have in common; a text without a prompt stands for itself."""
+    """Return the key that groups rows: the prompt, or the tokens of a text without a prompt."""
     return row[0].text or str(row[1])
 
 
@@ -952,13 +953,13 @@ def values_before(models: Models, answers: Answers) -> Tensor:
 
 
 class Assessment(NamedTuple):
-    """What the critic, the actor and the reference compute for answers; (N, L) each, in nats."""
+    """What the critic, the actor and the reference compute for answers: (N, L), logarithms in nats."""
 
     values: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor  # KL(actor, reference), exact
-    ref_states: Tensor  # hidden states of the reference, (N, L, D), if the KL is in the loss
+    ref_states: Tensor  # hidden states of the reference, (N, L, D); (N, L, 0) if the KL is not in the loss
 
 
 @torch.no_grad()
@@ -1138,7 +1139,7 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
 
 @torch.no_grad()
 def normalize_scores(models: Models, prompts: list[Prompt]) -> None:
-    """Give the scores of the SFT model's answers mean 0 and deviation 1, so that kl_coef is comparable."""
+    """Give scores mean 0 and deviation 1 on answers of the SFT model: kl_coef then suits every reward."""
     scores, prompts = [], [prompts[i % len(prompts)] for i in range(HELD_OUT)]
     for asked in chunks(prompts, models.args.batch_size):
         answers, _ = generate(models, models.reference, asked)
@@ -1159,12 +1160,12 @@ def normalize_scores(models: Models, prompts: list[Prompt]) -> None:
 
 
 class Batch(NamedTuple):
-    """Answers and what PPO learns from, (B, L) each; of whole answers as actions, the last four (B, 1)."""
+    """Answers, and what PPO learns from: (B, L), or (B, 1) if the action is the whole answer."""
 
-    ids: Tensor
-    attention: Tensor
-    mask: Tensor
-    ref_states: Tensor  # (B, L, D)
+    ids: Tensor  # (B, S), as in Answers
+    attention: Tensor  # (B, S)
+    mask: Tensor  # (B, L)
+    ref_states: Tensor  # (B, L, D), as in Assessment
     logprobs: Tensor
     values: Tensor
     advantages: Tensor
@@ -1174,8 +1175,8 @@ class Batch(NamedTuple):
 def add_gradients(models: Models, minibatch: Batch, kl_coef: float) -> tuple[Tensor, Tensor]:
     """Add the gradients of the loss of a minibatch -> (policy loss, value loss), new log-probabilities.
 
-    kl_coef is the coefficient of the exact KL in the loss. The weights are those of a mean of the minibatch,
-    so the result does not depend on the size of the micro-batches.
+    kl_coef is the coefficient of the exact KL in the loss. The weights are those of a mean over the minibatch
+    of this process, so the result does not depend on the size of the micro-batches.
     """
     args, acted = models.args, minibatch.mask[:, : minibatch.advantages.shape[1]]
     weights = action_weights(acted, args.loss_average)
@@ -1189,6 +1190,7 @@ def add_gradients(models: Models, minibatch: Batch, kl_coef: float) -> tuple[Ten
         new_logprobs, kl = (per_action(x, part.mask, args.action_level) for x in (new_logprobs, kl))
         columns = (weight, new_logprobs, kl, part.logprobs, part.advantages, part.values, part.returns)
         w, logp, kl, old_logp, advantage, old_value, target = (x[used] for x in columns)
+        # only the upper bound matters where the advantage is positive, only the lower where it is negative
         clip_coef = torch.where(advantage > 0, args.clip_coef_high or args.clip_coef, args.clip_coef)
         policy_loss = (w * clipped_policy_loss(logp, old_logp, advantage, clip_coef)).sum()
         # first, so that the actor's activations are freed before the critic's are computed
@@ -1222,12 +1224,12 @@ def train(args: Args) -> list[dict[str, float]]:
     check_models(models, data.prompts[:8], fresh=first_iteration == 0)
     for number, learn in enumerate((fine_tune, learn_reward)):
         if stage == number:
-            save(None, stage, 0, step)
+            save(optimizer=None, stage=stage, iteration=0, step=step)
             torch.manual_seed(derive_seed(args.seed, number + 1))
             stage, step = number + 1, learn(models, data, writer, step)
 
     learners = [models.actor, models.critic]
-    # epsilon 1e-5 is TensorFlow's, as in Ziegler et al.; with 1e-8 the first KLs are several times higher
+    # epsilon 1e-5 as in the code of Ziegler et al.; with torch's 1e-8 the first KLs are several times higher
     groups = [{"params": [x for x in model.parameters() if x.requires_grad]} for model in learners]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.pop("optimizer") or optimizer.state_dict())
@@ -1237,13 +1239,13 @@ def train(args: Args) -> list[dict[str, float]]:
     options = {"total": args.num_iterations, "initial": first_iteration, "disable": RANK > 0}
     for iteration in (progress := tqdm(range(first_iteration, args.num_iterations), "stage 3", **options)):
         if iteration % args.checkpoint_every == 0:
-            save(optimizer, 2, iteration, step)
+            save(optimizer=optimizer, stage=2, iteration=iteration, step=step)
         started, step = time.perf_counter(), step + args.batch_size
         # everything random in an iteration follows from (seed, iteration), so a resumed run equals an
         # uninterrupted one
         torch.manual_seed(derive_seed(args.seed, 3, iteration) + RANK)
         left = 1 - iteration / args.num_iterations if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = left * args.learning_rate * (iteration >= args.critic_warmup)
+        optimizer.param_groups[0]["lr"] = left * args.learning_rate
         optimizer.param_groups[1]["lr"] = left * (args.critic_learning_rate or args.learning_rate)
 
         # 1. collect: answers of the actor, their scores, values and log-probabilities. (The log-probabilities
@@ -1264,7 +1266,7 @@ def train(args: Args) -> list[dict[str, float]]:
         if args.dense_reward:
             rewards = rewards + dense_rewards(prefix_scores, mask)
         rewards, old_logprobs = (per_action(x, mask, args.action_level) for x in (rewards, logprobs))
-        num_actions = rewards.shape[1]
+        num_actions = rewards.shape[1]  # 1 for whole answers: column 0, whose value is V(prompt)
         acted, old_values = mask[:, :num_actions], values[:, :num_actions]
         next_values, next_acted = (F.pad(x[:, 1:], (0, 1)) for x in (old_values, acted))
         by_time = [x.T for x in (rewards, old_values, next_values, ~next_acted, torch.zeros_like(acted))]
@@ -1292,6 +1294,8 @@ def train(args: Args) -> list[dict[str, float]]:
             logprob_pairs.append((new_logprobs[mb_acted], minibatch.logprobs[mb_acted]))
             if args.target_kl and average(approx_kl(*logprob_pairs[-1])) > args.target_kl:
                 break
+            if iteration < args.critic_warmup:
+                models.actor.zero_grad()  # so that Adam skips the actor and gathers no moments for it
             optimizer.step()
         optimizer.zero_grad()  # frees the gradients
         answer_kl = average((kl * mask).sum(1).mean()).item() if use_reference else math.nan
@@ -1299,7 +1303,8 @@ def train(args: Args) -> list[dict[str, float]]:
             new_coef = adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
             models.kl_coef.fill_(new_coef)
 
-        # 4. log: losses are means over the minibatches of the iteration, scores and lengths over its answers
+        # 4. log: losses are means over the minibatches of the iteration, scores and lengths over the answers
+        # of this process
         policy_loss, critic_loss, grad_norm, critic_grad_norm = torch.stack(losses).mean(0)
         require(torch.stack(losses).isfinite().all(), f"losses or gradients are not finite at step {step}")
         new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
@@ -1337,10 +1342,10 @@ def train(args: Args) -> list[dict[str, float]]:
             if history[-1]["eval/win_rate"] > best:
                 save_policy(models, run_dir / "best_policy")
 
-    save(optimizer, 2, args.num_iterations, step)
+    save(optimizer=optimizer, stage=2, iteration=args.num_iterations, step=step)
     if RANK == 0:
         save_policy(models, run_dir / "policy")
-        # one step after the checkpoint, so that resuming here drops it and writes it again
+        # logged one step after the checkpoint: resuming here deletes it and logs it again
         evaluate(models, data, writer, step + 1)
         writer.close()
         print(f"run: {run_dir}")
@@ -1439,7 +1444,8 @@ def answer(args: Args) -> None:
     if not args.generate:
         evaluate(models, load_data(models))
         return
-    (prompt,) = encode(models, args.generate + "\n" * (not args.model))  # as the built-in prompts end
+    # prompts of the built-in data end with a line break
+    (prompt,) = encode(models, args.generate + "\n" * (not (args.model or args.sft_data)))
     for name, model in (("before", models.reference), ("after", models.actor)):
         answers, _ = generate(models, model, [prompt])
         print(f"{name}: {decode(models, answers)[0]!r}")

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,7 +237,8 @@ class TestScores:
     def test_a_function_of_the_user_is_learned(self, run_dir, monkeypatch):
         monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
         history = rlhf.train(tiny(run_dir, reward_function="taste:shout"))
-        assert "reward_model/accuracy" not in curve(run_dir)
+        # the labeller of the built-in data has no say: it neither judges nor selects
+        assert not {"reward_model/accuracy", "rlhf/gold", "eval/gold"} & set(curve(run_dir))
         assert all(abs(row["rlhf/score"]) < 10 for row in history)
 
     def test_scores_of_a_function_have_mean_0_and_deviation_1_on_answers_of_the_sft_model(self, monkeypatch):
@@ -427,14 +429,14 @@ class TestFiles:
         with pytest.raises(rlhf.UserError, match="line 1"):
             read(path, "prompt")
 
-    def test_a_byte_order_mark_is_accepted_and_other_formats_are_named(self, tmp_path):
+    def test_a_byte_order_mark_is_accepted_and_other_formats_are_refused(self, tmp_path):
         lines = "".join(f'{{"prompt": "{i}"}}\n' for i in range(10))
         path = tmp_path / "prompts.jsonl"
         path.write_text(lines, encoding="utf-8-sig")
         assert read(path, "prompt") == [(str(i),) for i in range(10)]
         for content in (gzip.compress(lines.encode()), lines.encode("utf-16"), b"[" + lines.encode() + b"]"):
             path.write_bytes(content)
-            with pytest.raises(rlhf.UserError, match="is gzip, UTF-16 or an array"):
+            with pytest.raises(rlhf.UserError, match="line 1: expected a JSON object"):
                 read(path, "prompt")
 
     def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
@@ -497,18 +499,24 @@ class TestFiles:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_logged_answers_speak_of_gold_only_where_a_labeller_gives_it(run_dir, files, own):
-    rlhf.train(tiny(run_dir, **(files if own else {})))
+def test_the_built_in_data_have_a_labeller_and_prompts_that_end_with_a_line_break(
+    run_dir, files, own, monkeypatch
+):
+    rlhf.train(args := tiny(run_dir, **(files if own else {})))
     events = EventAccumulator(str(run_dir)).Reload().Tensors("answers/text_summary")
     text = events[0].tensor_proto.string_val[0].decode()
     assert ("(gold " in text, "(score " in text) == (not own, own)
+    encode, prompts = rlhf.encode, []
+    monkeypatch.setattr(rlhf, "encode", lambda models, text: prompts.append(text) or encode(models, text))
+    rlhf.answer(replace(args, evaluate=str(run_dir), generate="My lamp leaks."))
+    assert prompts == ["My lamp leaks." if own else "My lamp leaks.\n"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--model nowhere/at-all", "huggingface.co"),
-        ("--reward-function nothing:at_all", "No module named 'nothing'"),
+        ("--reward-function nothing:at_all", "--reward-function nothing:at_all: No module named 'nothing'"),
         ("--reward-function math:none", "--reward-function math:none: "),
         ("--reward-function math:sqrt --dense-reward", "need stage 2, not a --reward-function"),
         ("--reward-function math:sqrt --preference-data x", "need stage 2, not a --reward-function"),
