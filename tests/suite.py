@@ -47,13 +47,17 @@ SCRIPTS = [load_module(path, path.stem) for path in sorted(ROOT.glob("ppo_*.py")
 KINDS = [*SCRIPTS, with_discrete_actions(ROOT / "ppo_penalty.py")]
 
 
-def scripts_with(*names: str, among=SCRIPTS):
-    """Parametrise a test by the scripts that define all the given names."""
+def scripts_with(*names: str, among=SCRIPTS, quick: int | None = None):
+    """Parametrise a test by the scripts that define all the given names; after the first `quick`, as slow."""
     have = [script for script in among if all(hasattr(script, name) for name in names)]
-    return pytest.mark.parametrize("ppo", have, ids=[script.__name__ for script in have])
+    slow = [] if quick is None else have[quick:]
+    marks = [[pytest.mark.slow] if script in slow else [] for script in have]
+    params = [pytest.param(x, marks=mark, id=x.__name__) for x, mark in zip(have, marks, strict=True)]
+    return pytest.mark.parametrize("ppo", params)
 
 
 control = scripts_with("make_envs")  # the scripts for Gymnasium environments
+one_control = scripts_with("make_envs", quick=1)  # the same; only one of them in the quick tests
 each_kind = scripts_with("make_envs", among=KINDS)  # the same, for each kind of action
 
 
@@ -533,7 +537,7 @@ PROBES = {
     "ActionReward": (ActionReward, None),
     "ObservedActionReward": (ObservedActionReward, None),
     "Endless": (Endless, 10),
-    "LongerThanTheRun": (Endless, None),
+    "LongerThanTheRun": (Endless, 1000),
     "Counter": (Counter, None),
     "TimedCounter": (Counter, 3),
     "Broken": (Broken, None),

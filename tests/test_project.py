@@ -118,6 +118,7 @@ class TestScript:
                 assert number(lowest.group(1)) <= number(pins[name])
             importlib.metadata.version(name)
 
+    @pytest.mark.slow
     def test_alone_in_an_empty_folder_it_runs(self, script, short_run):
         assert (short_run(script.__name__) / "checkpoint.pt").exists()
 
@@ -274,6 +275,7 @@ def run_python(block, folder):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_python_lines_of_the_documentation_run(tmp_path):
     for mark, block in code_blocks("python"):
         if mark.startswith("by hand: "):

@@ -12,6 +12,7 @@ from suite import (
     control,
     curve,
     each_kind,
+    one_control,
     resumed,
     same,
     small,
@@ -55,7 +56,7 @@ def test_resuming_is_exact_with_other_environments(name, extra, options, tmp_pat
     assert_same_run(ppo, tmp_path / "alone", tmp_path / "killed")
 
 
-@control
+@one_control
 def test_the_same_seed_twice_gives_the_same_weights_and_another_seed_others(ppo, tmp_path):
     options = ["--total-timesteps", 1024, "--num-steps", 64, "--eval-episodes", 1, "--run-dir"]
     subprocess.run(command(ppo, *options, tmp_path / "one"), check=True, capture_output=True)

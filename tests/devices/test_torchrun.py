@@ -19,6 +19,7 @@ from suite import (
     control,
     curve,
     minibatch_inputs,
+    one_control,
     rlhf,
     small,
     tiny,
@@ -39,7 +40,7 @@ def torchrun(processes, *words):
 CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]
 
 
-@control
+@one_control
 def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch):
     run_dir, folder = tmp_path / "run", tmp_path / "together"
     agent, minibatch, _, *rest = minibatch_inputs(ppo, monkeypatch, run_dir)[3]
@@ -62,7 +63,13 @@ def test_gradients_and_moments_are_those_of_all_rows(ppo, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("ppo", "processes"),
-    [*((script, 2) for script in CONTROL), pytest.param(CONTROL[0], 3, marks=pytest.mark.slow)],
+    [
+        (CONTROL[0], 2),
+        *(
+            pytest.param(script, number, marks=pytest.mark.slow)
+            for script, number in ((CONTROL[0], 3), *((script, 2) for script in CONTROL[1:]))
+        ),
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes, tmp_path):

@@ -44,6 +44,7 @@ from suite import (
     curve,
     discrete,
     each_kind,
+    one_control,
     probe,
     register,
     same,
@@ -207,8 +208,7 @@ class TestKills:
     """Tests of killing a run at any time, also while saving; once resumed, it equals an uninterrupted run."""
 
     @in_suites(
-        quick="ppo_continuous at any moment",
-        slow="ppo_continuous while it saves, ppo_rlhf_llm at any moment",
+        slow="ppo_continuous at any moment, ppo_continuous while it saves, ppo_rlhf_llm at any moment",
         cases=("at any moment", "while it saves"),
     )
     def test_a_killed_run_goes_on_to_the_same_end(self, ppo, case, alone, tmp_path, trials):
@@ -578,7 +578,7 @@ class TestEnvironments:
         del gym.registry["Loose-v0"]
 
 
-@control
+@one_control
 def test_from_the_shell_an_environment_that_raises_is_a_traceback_and_exit_code_1(ppo, tmp_path):
     (tmp_path / "broken.py").write_text(
         "import gymnasium as gym\n"
@@ -648,7 +648,10 @@ def assert_finite(points):
 class TestNumbers:
     """Tests of extreme scales, at which metrics must stay finite and learning must work."""
 
-    @pytest.mark.parametrize(("scale", "norm_reward"), [(1e-8, True), (1e8, True), (1e8, False)])
+    @pytest.mark.parametrize(
+        ("scale", "norm_reward"),
+        [(1e8, True), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1e-8, True), (1e8, False)))],
+    )
     @each_kind
     def test_rewards_of_any_size(self, ppo, run_dir, scale, norm_reward):
         env_id = probe(ppo, "Scaled", scale=scale)

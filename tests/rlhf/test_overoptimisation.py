@@ -77,6 +77,7 @@ def small_study(study, monkeypatch, tmp_path):
     return study
 
 
+@pytest.mark.slow
 def test_a_small_study_fills_all_tables_and_is_missing_nothing_then(small_study):
     jobs = [job for stage in small_study.missing(small_study.Options()) for job in stage]
     assert len(jobs) == 2 + 2 * 2 + len(small_study.SLOW | small_study.HELD)
@@ -111,6 +112,7 @@ def test_a_run_that_was_interrupted_goes_on_and_gives_the_rows_of_one_that_was_n
         assert run() == whole
 
 
+@pytest.mark.slow
 def test_a_reward_model_does_not_know_of_the_one_before_it(small_study, monkeypatch, tmp_path):
     def learned(*pairs):
         monkeypatch.setattr(small_study, "PAIRS", pairs)

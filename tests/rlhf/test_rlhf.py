@@ -563,7 +563,7 @@ def train_and_stop(monkeypatch, args, saves):
 
 
 class TestResume:
-    @pytest.mark.parametrize("saves", [1, 2, 3, 4])
+    @pytest.mark.parametrize("saves", [*(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2, 3)), 4])
     def test_a_run_stopped_after_any_stage_goes_on_as_if_it_had_not(self, tmp_path, monkeypatch, saves):
         """Stop at the start, after SFT, after the reward model, or after an iteration of PPO."""
         history = rlhf.train(tiny(tmp_path / "alone"))
@@ -656,8 +656,11 @@ def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(action_level="sequence", kl_in="loss", loss_average="answer", clip_vloss=True),
-        dict(dense_reward=True, ptx_coef=0.5, kl_target=None),
+        pytest.param(
+            dict(action_level="sequence", kl_in="loss", loss_average="answer", clip_vloss=True),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(dense_reward=True, ptx_coef=0.5, kl_target=None), marks=pytest.mark.slow),
         dict(micro_batch_size=3, norm_adv=False, anneal_lr=False, temperature=0.7, answers_per_prompt=2),
         dict(
             kl_coef=0.0, kl_target=None, critic_lambda=1.0, critic_warmup=1, clip_coef_high=0.3, eval_every=1

@@ -139,6 +139,7 @@ class TestAdapters:
         assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
     transformers, files, tmp_path, monkeypatch
 ):
@@ -320,7 +321,7 @@ def test_a_model_that_is_tuned_already_stays_the_reference(run_dir, files, trans
     assert torch.equal(saved, start)
 
 
-@pytest.mark.parametrize("saves", [2, 4])
+@pytest.mark.parametrize("saves", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_with_a_model_and_files_goes_on_as_if_it_had_not_stopped(
     tmp_path, files, transformers, monkeypatch, saves
 ):
