@@ -202,9 +202,9 @@ class Args:
     def __post_init__(self) -> None:
         lambdas = ("gamma", "gae_lambda", "critic_lambda")
         zero = {"critic_warmup", "vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed", *lambdas}
-        for name, value in vars(self).items():  # no number is negative, and few are zero
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                require(value > 0 or (value == 0 and name in zero), f"{name} cannot be {value}")
+        for name, x in vars(self).items():  # no number is negative, few are zero, and torch counts in 64 bits
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                require(0 < x < 2**63 or x == math.inf or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
         saved = self.resume or self.evaluate
         rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches

@@ -589,6 +589,7 @@ class TestCommandLine:
             ("--kl-in nowhere", "nowhere"),
             ("--kl-target 0", "kl_target cannot be 0.0"),
             ("--learning-rate nan", "learning_rate cannot be nan"),
+            (f"--micro-batch-size {2**63}", f"micro_batch_size cannot be {2**63}"),
             ("--eval-prompts 201", "eval_prompts must lie between 2 and 200"),
             ("--context 60", "--context is 60"),
             ("--resume nowhere", "nowhere/checkpoint.pt is missing"),
