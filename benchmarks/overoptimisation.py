@@ -51,7 +51,7 @@ PENALTIES = {
 NO_PENALTY, BEST = "beta 0", "best of n"
 SLOW = {"beta 0, a quarter of the step size": PENALTIES[NO_PENALTY] | {"learning_rate": 2.5e-5}}
 HELD = {  # held at 3 nats by the controller
-    "as shipped": {},
+    "defaults": {},
     "the whole answer is one action": dict(action_level="sequence"),
     "KL in the loss": dict(kl_in="loss"),
     "dense reward": dict(dense_reward=True),

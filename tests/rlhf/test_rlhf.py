@@ -408,6 +408,7 @@ def record(monkeypatch, name):
     return calls
 
 
+@pytest.mark.usefixtures("few_held_out")
 class TestTrain:
     def test_the_controller_follows_the_kl_of_answers_not_of_tokens(self, run_dir, monkeypatch):
         assessed, adapted = record(monkeypatch, "assess"), record(monkeypatch, "adapt_kl_coef")
@@ -562,6 +563,7 @@ def train_and_stop(monkeypatch, args, saves):
             rlhf.train(args)
 
 
+@pytest.mark.usefixtures("few_held_out")
 class TestResume:
     @pytest.mark.parametrize("saves", [*(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2, 3)), 4])
     def test_a_run_stopped_after_any_stage_goes_on_as_if_it_had_not(self, tmp_path, monkeypatch, saves):
@@ -638,6 +640,7 @@ class TestCommandLine:
             assert "--" + name.replace("_", "-") in said
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
     rlhf.train(tiny(run_dir, kl_in="loss", ptx_coef=1.0))
     tags = curve(run_dir)
@@ -654,6 +657,7 @@ def test_tensorboard_shows_every_stage_once_and_a_table(run_dir):
     assert samples.tensor_proto.string_val[0].decode().count("before: ") == 16
 
 
+@pytest.mark.usefixtures("few_held_out")
 @pytest.mark.parametrize(
     "options",
     [

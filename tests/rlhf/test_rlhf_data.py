@@ -278,6 +278,7 @@ def test_a_changed_data_file_is_noticed_on_resume(run_dir, tmp_path, monkeypatch
         resumed(rlhf, run_dir, total_episodes=64)
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_frozen_models_are_written_once(run_dir, monkeypatch):
     rlhf.train(tiny(run_dir, total_episodes=64))
     written, replace = [], os.replace

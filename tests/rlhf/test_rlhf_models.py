@@ -139,6 +139,7 @@ class TestAdapters:
         assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
+@pytest.mark.usefixtures("few_held_out")
 @pytest.mark.slow
 def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
     transformers, files, tmp_path, monkeypatch
@@ -228,6 +229,7 @@ class TestTokenizers:
             assert answers.ids[0, -1] == models.tokenizer.eos_token_id
 
 
+@pytest.mark.usefixtures("few_held_out")
 class TestScores:
     def scores(self, models, *texts):
         """Return the scores of sampled answers to the texts."""
@@ -312,6 +314,7 @@ class TestScores:
             assert torch.equal(x, y)
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_a_model_that_is_tuned_already_stays_the_reference(run_dir, files, transformers, tmp_path):
     path = save_model(tmp_path / "model", transformers, "Llama")
     del files["sft_data"]
@@ -321,6 +324,7 @@ def test_a_model_that_is_tuned_already_stays_the_reference(run_dir, files, trans
     assert torch.equal(saved, start)
 
 
+@pytest.mark.usefixtures("few_held_out")
 @pytest.mark.parametrize("saves", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_with_a_model_and_files_goes_on_as_if_it_had_not_stopped(
     tmp_path, files, transformers, monkeypatch, saves
@@ -499,6 +503,7 @@ class TestFiles:
             rlhf.load_data(rlhf.Models(tiny(**{name: files[name] for name in options})))
 
 
+@pytest.mark.usefixtures("few_held_out")
 @pytest.mark.parametrize("own", [False, True])
 def test_the_built_in_data_have_a_labeller_and_prompts_that_end_with_a_line_break(
     run_dir, files, own, monkeypatch
@@ -538,6 +543,7 @@ def test_without_transformers_the_message_says_what_to_install(monkeypatch, caps
     assert "pip install transformers" in refusal(rlhf, monkeypatch, capsys, "--model", "gpt2")
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_the_built_in_policy_is_saved(run_dir):
     rlhf.train(tiny(run_dir))
     policy = torch.load(run_dir / "policy" / "gpt.pt", weights_only=True)
