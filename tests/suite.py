@@ -56,7 +56,8 @@ def scripts_with(*names: str, among=SCRIPTS, quick: int | None = None):
     return pytest.mark.parametrize("ppo", params)
 
 
-control = scripts_with("make_envs")  # the scripts for Gymnasium environments
+CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]  # those for Gymnasium environments
+control = scripts_with("make_envs")
 one_control = scripts_with("make_envs", quick=1)  # the same; only one of them in the quick tests
 each_kind = scripts_with("make_envs", among=KINDS)  # the same, for each kind of action
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from suite import by_name, curve, discrete, each_kind, resumed, scripts_with, small
+from suite import KINDS, by_name, curve, discrete, resumed, scripts_with, small
 
-penalty = scripts_with("update_kl_coef", "make_envs", among=each_kind.args[1])
+penalty = scripts_with("update_kl_coef", "make_envs", among=KINDS)
 
 
 def of_every_minibatch(ppo, monkeypatch):

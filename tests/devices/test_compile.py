@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from suite import SCRIPTS, control, resumed, same, small
+from suite import CONTROL, SCRIPTS, resumed, same, small
 
 # raised in torch when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -27,7 +27,7 @@ REAL = [script for script in SCRIPTS if script.__name__ == "ppo_discrete"]
     ("ppo", "backend"),
     # only tracing depends on the script, so aot_eager is enough; inductor takes up to a minute
     [
-        *((script, "aot_eager") for script in control.args[1]),
+        *((script, "aot_eager") for script in CONTROL),
         *(pytest.param(script, "inductor", marks=pytest.mark.slow) for script in REAL),
     ],
     ids=lambda x: getattr(x, "__name__", x),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchrun_worker
 from suite import (
+    CONTROL,
     ROOT,
     SCRIPTS,
     WITH_SUITE,
@@ -35,9 +36,6 @@ def torchrun(processes, *words):
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=WITH_SUITE)
     assert run.returncode == 0, run.stderr[-5000:]
     return run
-
-
-CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]
 
 
 @one_control
