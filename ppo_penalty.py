@@ -493,7 +493,7 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
     try:
         return function(*inputs, **options)
     except Exception as error:
-        # main() reports an unknown environment or a package that it lacks in one line
+        # main() reports an unknown environment or a missing package in one line
         if function is not gym.make or not isinstance(error, (gym.error.Error, ImportError)):
             error.add_note(f"in environment {index}")
         raise
