@@ -823,7 +823,7 @@ def save_checkpoint(run_dir: Path, args: Args, iteration: int, agent, optimizer,
     checkpoint["kl_coef"] = kl_coef
     path, buffer = run_dir / "checkpoint.pt", io.BytesIO()
     torch.save(checkpoint, buffer)  # not to the file, because torch hides the errors of a full disk
-    Path(f"{path}.tmp").write_bytes(buffer.getbuffer())
+    Path(f"{path}.tmp").write_bytes(buffer.getvalue())
     os.replace(f"{path}.tmp", path)
 
 

@@ -60,6 +60,7 @@ CONTROL = [script for script in SCRIPTS if hasattr(script, "make_envs")]  # thos
 control = scripts_with("make_envs")
 one_control = scripts_with("make_envs", quick=1)  # the same; only one of them in the quick tests
 each_kind = scripts_with("make_envs", among=KINDS)  # the same, for each kind of action
+two_kinds = scripts_with("make_envs", among=KINDS, quick=2)  # the same; only two of them in the quick tests
 
 
 def discrete(ppo) -> bool:

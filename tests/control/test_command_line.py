@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from suite import PAGES, ROOT, action_space, control, refusal, register, scripts_with, small
+from suite import PAGES, ROOT, action_space, control, one_control, refusal, register, scripts_with, small
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
@@ -217,7 +217,7 @@ def test_numbers_of_numpy_as_options_are_saved_as_numbers_of_python(ppo, run_dir
     assert [type(saved[name]) for name in ("learning_rate", "seed", "norm_adv")] == [float, int, bool]
 
 
-@control
+@one_control
 def test_from_the_shell_an_error_is_one_line_on_stderr_and_exit_code_2(ppo, tmp_path):
     result = shell(ROOT / f"{ppo.__name__}.py", "--env-id", "Pendulumm-v1", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""

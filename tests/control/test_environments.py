@@ -16,6 +16,7 @@ from suite import (
     curve,
     discrete,
     each_kind,
+    one_control,
     probe,
     register,
     scripts_with,
@@ -175,7 +176,7 @@ def test_every_environment_of_an_evaluation_plays_as_many_episodes(ppo, run_dir,
         assert returns == [10.0] * episodes and made[-1].num_envs == num_envs
 
 
-@control
+@one_control
 def test_an_evaluation_ends_even_where_episodes_do_not(ppo, run_dir, monkeypatch):
     args = ppo.Args(env_id=probe(ppo, "Counter"), eval_episodes=1)
     action, resets, reset = gym.make(args.env_id).action_space.sample(), [], Counter.reset

@@ -1,7 +1,9 @@
 """Test that a run that was killed and resumed equals an uninterrupted run."""
 
+import gc
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +115,22 @@ def test_events_are_on_disk_before_the_checkpoint_takes_its_name(ppo, run_dir, m
     monkeypatch.setattr(os, "replace", look)
     ppo.train(small(ppo, run_dir))
     assert points == [[], [128, 256], [128, 256, 384, 512]]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full of Linux")
+@control
+def test_a_full_disk_is_one_error_and_the_checkpoint_stays(ppo, run_dir):
+    ppo.train(small(ppo, run_dir, anneal_lr=False))
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    (run_dir / "checkpoint.pt.tmp").symlink_to("/dev/full")
+
+    def fail():
+        try:
+            resumed(ppo, run_dir, total_timesteps=512)
+        except OSError as error:
+            raised = error  # a cycle with the frame of this function, which only the garbage collector frees
+            assert "No space left on device" in str(raised)
+
+    fail()
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+    gc.collect()  # a buffer that cannot be freed would be another error on some versions of Python

@@ -9,7 +9,7 @@ import time
 import urllib.request
 
 import pytest
-from suite import control, curve, documented_metrics, probe, resumed, small
+from suite import control, curve, documented_metrics, one_control, probe, resumed, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -71,7 +71,7 @@ def answer(port: int, path: str):
         return json.load(response)
 
 
-@control
+@one_control
 def test_tensorboard_servers_show_a_resumed_run_with_no_gap_and_no_point_twice(ppo, tmp_path, monkeypatch):
     args, add = small(ppo, tmp_path / "runs" / "one", total_timesteps=1024), SummaryWriter.add_scalar
 

@@ -17,6 +17,7 @@ from suite import (
     probe,
     scripts_with,
     small,
+    two_kinds,
 )
 
 
@@ -195,7 +196,7 @@ def values(ppo, run_dir, *observations):
     return ppo.load_agent(run_dir).value(torch.tensor(observations)[:, None]).tolist()
 
 
-@each_kind
+@two_kinds
 class TestProbes:
     """Tests on environments with known solutions, each of which isolates one kind of bug."""
 
@@ -223,16 +224,16 @@ class TestProbes:
         assert actions.tolist() == pytest.approx(best, abs=0.15)
 
     def test_a_time_limit_is_not_death(self, ppo, run_dir):
-        learn(ppo, run_dir, "Endless", gamma=0.9, total_timesteps=12288)
-        assert values(ppo, run_dir, 0.0) == pytest.approx([10.0], abs=0.5)  # 1 / (1 - 0.9)
+        learn(ppo, run_dir, "Endless", gamma=0.8)
+        assert values(ppo, run_dir, 0.0) == pytest.approx([5.0], abs=0.25)  # 1 / (1 - 0.8)
 
 
 def test_the_probe_of_time_limits_would_notice_if_they_were_death(run_dir, monkeypatch):
     (ppo,) = (script for script in SCRIPTS if script.__name__ == "ppo_continuous")
     gae = ppo.compute_gae
     monkeypatch.setattr(ppo, "compute_gae", lambda r, v, nv, te, tr, *rest: gae(r, v, nv, te + tr, tr, *rest))
-    learn(ppo, run_dir, "Endless", gamma=0.9, total_timesteps=12288)
-    assert values(ppo, run_dir, 0.0)[0] < 7  # the mean of (1 - 0.9^k) / (1 - 0.9) over k = 1..10 is 4.1
+    learn(ppo, run_dir, "Endless", gamma=0.8)
+    assert values(ppo, run_dir, 0.0)[0] < 4  # the mean of (1 - 0.8^k) / (1 - 0.8) over k = 1..10 is 3.2
 
 
 @control

@@ -27,7 +27,8 @@ REAL = [script for script in SCRIPTS if script.__name__ == "ppo_discrete"]
     ("ppo", "backend"),
     # only tracing depends on the script, so aot_eager is enough; inductor takes up to a minute
     [
-        *((script, "aot_eager") for script in CONTROL),
+        (CONTROL[0], "aot_eager"),
+        *(pytest.param(script, "aot_eager", marks=pytest.mark.slow) for script in CONTROL[1:]),
         *(pytest.param(script, "inductor", marks=pytest.mark.slow) for script in REAL),
     ],
     ids=lambda x: getattr(x, "__name__", x),

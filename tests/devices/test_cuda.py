@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from suite import KINDS, SCRIPTS, TIMED, curve, rlhf, small, tiny
+from suite import TIMED, curve, rlhf, scripts_with, small, tiny, two_kinds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -166,13 +166,10 @@ class Pixels(gym.Env):
 
 
 gym.register("Pixels-v0", Pixels)
-CASES = [(ppo, {}) for ppo in KINDS if hasattr(ppo, "make_envs")]
-CASES += [(ppo, {"env_id": "Pixels-v0"}) for ppo in SCRIPTS if hasattr(ppo, "nature_cnn")]
 
 
-@pytest.mark.parametrize(("ppo", "options"), CASES)
-@pytest.mark.usefixtures("deterministic")
-def test_training_on_a_device_equals_training_on_the_cpu(ppo, options, tmp_path, monkeypatch):
+def equals_training_on_the_cpu(ppo, tmp_path, monkeypatch, **options):
+    """Assert that two iterations on the emulated device give the same results and read nothing between."""
     options = options | dict(target_kl=None, total_timesteps=256)  # target_kl reads the KL of every minibatch
     returns = ppo.train(small(ppo, tmp_path / "cpu", **options))
     args = small(ppo, tmp_path / "device", **options)
@@ -193,6 +190,18 @@ def test_training_on_a_device_equals_training_on_the_cpu(ppo, options, tmp_path,
     assert len(counts) == 2 * per_iteration
     for first in range(0, len(counts), per_iteration):  # nothing is read within the epochs
         assert len(set(counts[first : first + per_iteration])) == 1
+
+
+@two_kinds
+@pytest.mark.usefixtures("deterministic")
+def test_training_on_a_device_equals_training_on_the_cpu(ppo, tmp_path, monkeypatch):
+    equals_training_on_the_cpu(ppo, tmp_path, monkeypatch)
+
+
+@scripts_with("nature_cnn")
+@pytest.mark.usefixtures("deterministic")
+def test_training_from_images_on_a_device_equals_training_on_the_cpu(ppo, tmp_path, monkeypatch):
+    equals_training_on_the_cpu(ppo, tmp_path, monkeypatch, env_id="Pixels-v0")
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -83,6 +83,7 @@ def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes
     assert len(list((tmp_path / "run").glob("events*"))) == 1
 
 
+@pytest.mark.slow
 def test_gradients_of_rlhf_are_those_of_one_process(tmp_path, monkeypatch):
     torchrun(2, WORKER, "ppo_rlhf_llm", tmp_path)
     monkeypatch.setattr(torchrun_worker, "rlhf", rlhf, raising=False)

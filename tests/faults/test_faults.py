@@ -50,6 +50,7 @@ from suite import (
     same,
     scripts_with,
     small,
+    two_kinds,
 )
 
 every_script = scripts_with("Args")
@@ -391,7 +392,7 @@ class TestDisk:
             assert_same_run(ppo, tmp_path / "alone", folder)
         trials.survived()
 
-    @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
+    @in_suites(slow="ppo_continuous, ppo_rlhf_llm")
     def test_a_run_folder_that_may_not_be_written(self, ppo, saved_run, run_dir):
         saved_run(ppo, run_dir)
         before = ppo.load_checkpoint(run_dir)
@@ -401,7 +402,7 @@ class TestDisk:
         assert_refused(result, "Permission denied", events=True)
         assert same(ppo.load_checkpoint(run_dir), before)
 
-    @in_suites(quick="ppo_continuous", slow="ppo_rlhf_llm")
+    @in_suites(slow="ppo_continuous, ppo_rlhf_llm")
     def test_a_place_where_no_run_folder_may_be_made(self, ppo, tmp_path):
         tmp_path.chmod(0o500)
         options = short_run(ppo)
@@ -595,6 +596,7 @@ def test_from_the_shell_an_environment_that_raises_is_a_traceback_and_exit_code_
     assert result.stderr.endswith("FileNotFoundError: no licence\nin environment 0\n")
 
 
+@pytest.mark.slow
 def test_from_the_shell_a_reward_function_that_raises_is_a_traceback_and_exit_code_1(tmp_path):
     (tmp_path / "taste.py").write_text(
         "def score(prompts, answers):\n    raise FileNotFoundError('no word list')\n"
@@ -652,7 +654,7 @@ class TestNumbers:
         ("scale", "norm_reward"),
         [(1e8, True), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1e-8, True), (1e8, False)))],
     )
-    @each_kind
+    @two_kinds
     def test_rewards_of_any_size(self, ppo, run_dir, scale, norm_reward):
         env_id = probe(ppo, "Scaled", scale=scale)
         options = dict(total_timesteps=128 * 40, update_epochs=8, learning_rate=1e-2, eval_episodes=1)

@@ -92,6 +92,7 @@ def test_a_small_study_fills_all_tables_and_is_missing_nothing_then(small_study)
     assert "nan" not in lines and lines.count("| beta 0 |") == 6 and lines.count("What now?") > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on_and_gives_the_rows_of_one_that_was_not(small_study, monkeypatch):
     small_study.learn_rewards(1)
     run = functools.partial(small_study.optimise, "beta 0.1", 1, 20)

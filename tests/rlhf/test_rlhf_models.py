@@ -31,7 +31,7 @@ from test_rlhf import encoded, prompts_of, rows, train_and_stop
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-KINDS = ("GPT2", "Llama", "Bloom", "Qwen2")
+KINDS = ["GPT2", "Qwen2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Llama", "Bloom"))]
 
 
 @pytest.fixture(scope="session")
