@@ -105,23 +105,39 @@ class TestMaths:
         products = [(new[i] - old[i]).exp()[MASK[i]].prod() for i in range(2)]
         torch.testing.assert_close(ratio.squeeze(1), torch.stack(products))
 
-    def test_k1_in_the_reward_and_the_exact_kl_in_the_loss_have_the_gradient_of_the_objective(self):
-        """Compare with the exact gradient of E[score] - beta KL(pi, ref) over all V one-token responses."""
-        scores, ref_logits, beta = torch.randn(5, dtype=torch.float64), torch.randn(5).double(), 0.7
-        logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
-        objective = (logits.softmax(0) * scores).sum() - beta * rlhf.categorical_kl(logits, ref_logits)
-        (expected,) = torch.autograd.grad(objective, logits)
+    def test_k1_in_the_reward_has_the_gradient_of_the_objective_and_the_kl_in_the_loss_a_part_of_it(self):
+        """Compare with the exact gradient of E[score] - beta KL(pi, ref) over all answers of two tokens."""
+        size, beta = 4, 0.7
+        answers = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+        scores, mask = torch.randn(len(answers)).double(), torch.ones(len(answers), 2, dtype=torch.bool)
 
-        tokens, mask = torch.arange(5).unsqueeze(1), torch.ones(5, 1, dtype=torch.bool)
-        logprobs = rlhf.gather_logprobs(logits.expand(5, 1, 5), tokens)
-        ref_logprobs = rlhf.gather_logprobs(ref_logits.expand(5, 1, 5), tokens)
-        for in_reward, in_loss in ((beta, 0.0), (0.0, beta)):
+        def policy(first, second):  # logits of both tokens of each answer; the second depends on the first
+            logits = torch.stack([first.expand(len(answers), size), second[answers[:, 0]]], dim=1)
+            return logits, rlhf.gather_logprobs(logits, answers)
+
+        ref_logits, ref_logprobs = policy(torch.randn(size).double(), torch.randn(size, size).double())
+        first, second = torch.randn(size).double(), torch.randn(size, size).double()
+        logits, logprobs = policy(first.requires_grad_(), second.requires_grad_())
+        probs = logprobs.sum(1).exp()
+        objective = (probs * (scores - beta * (logprobs - ref_logprobs).sum(1))).sum()
+        expected = torch.autograd.grad(objective, (first, second), retain_graph=True)
+        kl = rlhf.categorical_kl(logits, ref_logits)
+
+        def gradient(in_reward, in_loss):
             rewards = rlhf.token_rewards(scores, logprobs.detach(), ref_logprobs, mask, in_reward)
-            losses = rlhf.clipped_policy_loss(logprobs, logprobs.detach(), rewards, 0.2)
-            losses = losses + in_loss * rlhf.categorical_kl(logits, ref_logits)
-            loss = (logits.detach().softmax(0).unsqueeze(1) * losses).sum()
-            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
-            torch.testing.assert_close(-gradient, expected)
+            returns = rewards.flip(1).cumsum(1).flip(1)
+            losses = rlhf.clipped_policy_loss(logprobs, logprobs.detach(), returns, 0.2) + in_loss * kl
+            loss = (probs.detach().unsqueeze(1) * losses).sum()
+            return torch.autograd.grad(-loss, (first, second), retain_graph=True)
+
+        torch.testing.assert_close(gradient(beta, 0.0), expected)
+        of_first, of_second = gradient(0.0, beta)
+        torch.testing.assert_close(of_second, expected[1])
+        # what is missing: the first token also changes how probable the contexts of the second are
+        later = -beta * (first.softmax(0) * kl[::size, 1].detach()).sum()
+        (missing,) = torch.autograd.grad(later, first)
+        assert missing.abs().max() > 0.01
+        torch.testing.assert_close(of_first + missing, expected[0])
 
 
 class TestModels:
