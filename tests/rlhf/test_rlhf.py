@@ -136,7 +136,7 @@ class TestMaths:
         # what is missing: the first token also changes how probable the contexts of the second are
         later = -beta * (first.softmax(0) * kl[::size, 1].detach()).sum()
         (missing,) = torch.autograd.grad(later, first)
-        assert missing.abs().max() > 0.01
+        assert not torch.allclose(of_first, expected[0])
         torch.testing.assert_close(of_first + missing, expected[0])
 
 
