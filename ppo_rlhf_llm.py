@@ -109,7 +109,7 @@ class Args:
     clip_vloss: bool = False
     """clip the value loss with clip_coef"""
     vf_coef: float = 0.1
-    """coefficient of the value loss"""
+    """coefficient of the value loss; as the critic is a separate model, Adam cancels most of it"""
     max_grad_norm: float = 1.0
     """maximum gradient norm, in stage 3 of actor and critic separately"""
     target_kl: float | None = None
