@@ -133,7 +133,7 @@ class TestMaths:
         torch.testing.assert_close(gradient(beta, 0.0), expected)
         of_first, of_second = gradient(0.0, beta)
         torch.testing.assert_close(of_second, expected[1])
-        # what is missing: the first token also changes how probable the contexts of the second are
+        # the missing part: the first token is the context of the second and so changes its KL
         later = -beta * (first.softmax(0) * kl[::size, 1].detach()).sum()
         (missing,) = torch.autograd.grad(later, first)
         assert not torch.allclose(of_first, expected[0])
