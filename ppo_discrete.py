@@ -24,7 +24,6 @@ C components (one for Discrete) with up to A choices each.
 
 import copy
 import io
-import json
 import math
 import os
 import random
@@ -38,7 +37,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -129,19 +127,18 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self) -> None:
-        sizes = ("num_envs", "num_steps", "update_epochs", "eval_episodes")
-        for name in (*sizes, "learning_rate", "clip_coef", "max_grad_norm"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        zero = {"gamma", "gae_lambda", "lr_kl_target", "ent_coef", "vf_coef", "seed"}
+        for name, x in vars(self).items():  # none may be negative, few may be zero
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                require(x > 0 or (x == 0 and name in zero), f"{name} cannot be {x}")
+        require(max(self.gamma, self.gae_lambda) <= 1, "gamma or gae_lambda exceeds 1")
         saved = self.resume or self.evaluate  # whose options replace these
         require(saved or self.num_envs % WORLD_SIZE == 0, f"{WORLD_SIZE} processes do not divide --num-envs")
         require(saved or self.num_iterations, f"--total-timesteps must be at least {self.batch_size}")
         rows, parts = self.batch_size // WORLD_SIZE, self.num_minibatches
         best = [n for n in range(1, min(rows, 4 * parts + 2)) if rows % n == 0][-2:]
-        fits = saved or (0 < parts < rows and rows % parts == 0)  # one row has no standard deviation
+        fits = saved or (parts < rows and rows % parts == 0)  # one row has no standard deviation
         require(fits, f"{rows} rows (N * T) of a process do not make {parts} minibatches; {best} would do")
-        require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
         require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "a run folder is ''")
         require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
 
@@ -307,7 +304,7 @@ def mlp_parameters(inputs: int, outputs: int, last_gain: float, hidden=(64, 64))
 
 
 def standardize(obs, mean, var):
-    """Scale observations, tensors or arrays, to mean 0 and variance 1, clipped at 10 (not in the paper).
+    """Shift and scale observations, tensors or arrays, by their moments; clip at 10 (not in the paper).
 
     Without the 1e-2, inputs that rarely change, such as contact forces, would be far from 0 when they do.
     """
@@ -319,8 +316,8 @@ def nature_cnn(images: Tensor, parameters) -> Tensor:
     x = images.to(torch.float32, memory_format=torch.channels_last) / 255  # the fastest layout on the CPU
     *convolutions, weight, bias = parameters
     for kernel, kernel_bias, stride in zip(convolutions[::2], convolutions[1::2], (4, 2, 1), strict=True):
-        x = F.relu(F.conv2d(x, kernel, kernel_bias, stride))
-    return F.relu(x.flatten(1) @ weight + bias)
+        x = torch.relu(torch.conv2d(x, kernel, kernel_bias, stride))
+    return torch.relu(x.flatten(1) @ weight + bias)
 
 
 def nature_cnn_parameters(channels: int, height: int, width: int) -> nn.ParameterList:
@@ -389,7 +386,7 @@ class Agent(nn.Module):
         """Return a function (raw obs, Gumbel noise, legal) -> (choices (..., C), actions for env.step()).
 
         Noise and legal are (..., C, A). The function is valid until weights or statistics change; it works on
-        arrays or tensors, as `like` is. For one small step, NumPy takes a fifth of the time of torch.
+        arrays or tensors, as `like` is. For one small step, NumPy takes less than half of the time of torch.
         """
         xp, device = torch if torch.is_tensor(like) else np, self.obs_shape.device
         parts = [*self.obs_moments.buffers(), *self.actor, self.action_start]
@@ -486,7 +483,8 @@ class CheckedEnv(gym.Wrapper):
         """Check an observation; find its action mask (A,) in info, in a Dict, or in env.action_masks()."""
         mask = info.get("action_mask", obs.get("action_mask") if isinstance(obs, dict) else None)
         mask = self.action_masks() if mask is None else mask
-        if mask is not None and np.shape(mask) != (getattr(self.action_space, "n", None),):
+        is_discrete = isinstance(self.action_space, gym.spaces.Discrete)
+        if mask is not None and not (is_discrete and np.shape(mask) == (self.action_space.n,)):
             raise ValueError(f"the action mask {mask} does not have one number per action of a Discrete")
         return conform(obs, self.space), {} if mask is None else {"action_mask": np.asarray(mask) > 0}
 
@@ -622,7 +620,8 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args, 
 def train(args: Args) -> list[float]:
     """Run Algorithm 1 of the paper. Return the returns of the episodes that ended, in order."""
     device = set_up_torch(args)
-    args = replace(args, **json.loads(json.dumps(vars(args), default=lambda x: x.item())))  # plain numbers
+    # numbers of NumPy become plain numbers, which load_checkpoint() accepts
+    args = replace(args, **{k: x.item() if hasattr(x, "item") else x for k, x in vars(args).items()})
     args.checkpoint_every = args.checkpoint_every or max(1, args.num_iterations // 10)
     run_dir, checkpoint = open_run(args)
     envs = make_envs(args, [0])  # for its spaces
@@ -711,9 +710,9 @@ def train(args: Args) -> list[float]:
             weights.grad, mb_metrics = gradient_of(agent, mb, args, clip_coef)
             metrics.append(mb_metrics.clone())  # a captured graph reuses this memory in the next step
             kl = mb_metrics[METRICS.index("approx_kl")]
+            learning_rate.copy_(follow_kl(learning_rate, kl, kl_target, max_lr))
             if args.target_kl is not None and kl > args.target_kl:
                 break
-            learning_rate.copy_(follow_kl(learning_rate, kl, kl_target, max_lr))
             optimizer.step()
         if not agent.images:  # last, because the networks must learn from the inputs that the policy saw
             agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
@@ -739,7 +738,7 @@ def train(args: Args) -> list[float]:
         # one step after the checkpoint, so that resuming here drops it and writes it again
         writer.add_scalar("eval/episodic_return", score, args.num_iterations * args.batch_size + 1)
         writer.close()
-        print(f"run: {run_dir}")
+        print(f"run: {run_dir}" + ("" if iterations else " (already finished)"))
     return episode_returns
 
 
@@ -770,8 +769,6 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, saved: dict[str, Tensor] 
     require(isinstance(obs_space, gym.spaces.Box), f"{args.env_id}: {obs_space} does not flatten to a vector")
     known = isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary)
     require(known, f"actions {space} are not discrete; see ppo_continuous.py or gymnasium.ActionWrapper")
-    if "ale_py:" in args.env_id and "ALE/" not in args.env_id:
-        print(f"{args.env_id} has raw frames; games like ALE/Breakout-v5 are preprocessed", file=sys.stderr)
     same_step = envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP
     require(same_step, "make_envs() must return environments in AutoresetMode.SAME_STEP")
     torch.manual_seed(derive_seed(args.seed))
@@ -790,7 +787,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """Play args.eval_episodes episodes with the most likely actions and return their undiscounted returns.
 
     All environments play the same number of episodes, so that short episodes are not over-represented.
-    make_envs() truncates episodes after 30,000 steps, because some would never end.
+    make_envs() truncates episodes after 30,000 steps (Atari: 27,000), because some would never end.
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     seeds = [derive_seed(args.seed, 0, i, 1) for i in range(num_envs)]  # not those of training
@@ -851,6 +848,8 @@ def open_run(args: Args) -> tuple[Path, dict]:
         changed = [name for name in saved.keys() - FREE if getattr(args, name) != saved[name]]
         require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
         require(args.total_timesteps >= saved["total_timesteps"], "--total-timesteps can only be increased")
+        if RANK == 0 and args.total_timesteps > saved["total_timesteps"]:
+            print(f"schedules follow the new total of {args.total_timesteps} steps")
         return run_dir, checkpoint
     if RANK == 0:
         require(not (run_dir / "checkpoint.pt").exists(), f"{run_dir} contains a run: use --resume {run_dir}")
@@ -938,13 +937,13 @@ def main() -> None:
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, gym.error.Error, ImportError, OSError) as error:
-        if hasattr(error, "__notes__"):
+        if any(hasattr(x, "__notes__") for x in (error, *error.args)):  # AsyncVectorEnv wraps errors
             raise  # an error of an environment, with its traceback
         hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume {args.resume or args.run_dir} continues from the last checkpoint")
+        sys.exit("stopped" if args.evaluate else f"stopped; use --resume {args.resume or args.run_dir}")
 
 
 if __name__ == "__main__":

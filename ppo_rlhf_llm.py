@@ -594,7 +594,6 @@ class Models(nn.Module):
             token = tokenize(self.tokenizer, rest, special=False)[:1]
             ends += token if set(token) & set(self.tokenizer.all_special_ids) else []
         self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
-        self.eval()
 
     def autocast(self) -> torch.autocast:
         """Compute matrix products in bfloat16 on a GPU; losses and weights stay in float32."""
@@ -1241,8 +1240,7 @@ def train(args: Args) -> list[dict[str, float]]:
         if iteration % args.checkpoint_every == 0:
             save(optimizer=optimizer, stage=2, iteration=iteration, step=step)
         started, step = time.perf_counter(), step + args.batch_size
-        # everything random in an iteration follows from (seed, iteration), so a resumed run equals an
-        # uninterrupted one
+        # everything random follows from (seed, iteration), so a resumed run equals an uninterrupted one
         torch.manual_seed(derive_seed(args.seed, 3, iteration) + RANK)
         left = 1 - iteration / args.num_iterations if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = left * args.learning_rate
@@ -1303,8 +1301,7 @@ def train(args: Args) -> list[dict[str, float]]:
             new_coef = adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
             models.kl_coef.fill_(new_coef)
 
-        # 4. log: losses are means over the minibatches of the iteration, scores and lengths over the answers
-        # of this process
+        # 4. log: means over the minibatches (losses) or over the answers of this process (scores, lengths)
         policy_loss, critic_loss, grad_norm, critic_grad_norm = torch.stack(losses).mean(0)
         require(torch.stack(losses).isfinite().all(), f"losses or gradients are not finite at step {step}")
         new, old = (torch.cat(column) for column in zip(*logprob_pairs, strict=True))
@@ -1348,7 +1345,7 @@ def train(args: Args) -> list[dict[str, float]]:
         # logged one step after the checkpoint: resuming here deletes it and logs it again
         evaluate(models, data, writer, step + 1)
         writer.close()
-        print(f"run: {run_dir}")
+        print(f"run: {run_dir}" + (" (already finished)" if first_iteration == args.num_iterations else ""))
     return history
 
 
@@ -1436,7 +1433,6 @@ def evaluate(models: Models, data: Data, writer=None, step: int = 0) -> dict[str
 
 def answer(args: Args) -> None:
     """Evaluate the saved policy, or answer --generate with it and with the SFT model."""
-    require(WORLD_SIZE == 1, "--evaluate runs in one process; start it without torchrun")
     _, state = open_run(args)
     require(state["stage"] == 2, f"stage 3 has not begun; --resume {args.evaluate} continues the run")
     models = Models(args).to(set_up_torch(args))
@@ -1478,6 +1474,8 @@ def open_run(args: Args) -> tuple[Path, dict]:
         changed = [name for name in saved.keys() - free if getattr(args, name) != saved[name]]
         require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
         require(args.total_episodes >= saved["total_episodes"], "--total-episodes can only be increased")
+        if args.total_episodes > saved["total_episodes"]:
+            print(f"schedules follow the new total of {args.total_episodes} answers")
         if state["stage"] == 2:
             state["models"] |= load_checkpoint(run_dir / "frozen")["models"]
         return run_dir, state
@@ -1584,7 +1582,7 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume {args.resume or args.run_dir} continues from the last checkpoint")
+        sys.exit("stopped" if args.evaluate else f"stopped; use --resume {args.resume or args.run_dir}")
 
 
 if __name__ == "__main__":

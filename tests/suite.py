@@ -76,7 +76,7 @@ def action_space(ppo) -> gym.Space:
 def bounds(space: gym.Space) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the lowest and the highest action of a Box or Discrete, in the form that Agent takes."""
     if isinstance(space, gym.spaces.Discrete):
-        return torch.tensor(int(space.start)), torch.tensor(int(space.start + space.n - 1))
+        return torch.as_tensor(space.start), torch.as_tensor(space.start + space.n - 1)
     return torch.as_tensor(space.low), torch.as_tensor(space.high)
 
 

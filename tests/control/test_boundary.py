@@ -14,7 +14,6 @@ import torch
 from gymnasium import spaces
 from suite import (
     ROOT,
-    SCRIPTS,
     Counter,
     action_space,
     control,
@@ -435,10 +434,3 @@ def test_act_can_be_exported(ppo):
     policy, obs = Policy(), torch.randn(4, 3)
     exported = torch.export.export(policy, (torch.zeros(4, 3),)).module()
     assert torch.equal(exported(obs), policy(obs))
-
-
-def test_raw_frames_of_atari_come_with_a_hint(capsys):
-    (ppo,) = (script for script in SCRIPTS if script.__name__ == "ppo_discrete")
-    for env_id, hinted in (("ale_py:BreakoutNoFrameskip-v4", True), ("ale_py:ALE/Breakout-v5", False)):
-        ppo.make_agent(ppo.Args(env_id=env_id), TensorEnvs(2, spaces.Discrete(3)), None)
-        assert ("games like ALE/Breakout-v5" in capsys.readouterr().err) == hinted

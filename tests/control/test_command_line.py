@@ -29,20 +29,22 @@ def shell(*arguments, **options):
     ("arguments", "words"),
     [
         ("--num-minibatches 5", "2048 rows (N * T) of a process do not make 5 minibatches; [8, 16] would do"),
-        ("--num-minibatches 0", "2048 rows (N * T) of a process do not make 0 minibatches; [1] would do"),
+        ("--num-minibatches 0", "num_minibatches cannot be 0"),
         ("--num-minibatches 4096", "do not make 4096 minibatches; [512, 1024] would do"),
         ("--num-minibatches 2048", "do not make 2048 minibatches; [512, 1024] would do"),  # one row each
         ("--total-timesteps 100", "--total-timesteps must be at least 2048"),
-        ("--total-timesteps 0", "--total-timesteps must be at least 2048"),
-        ("--learning-rate nan", "learning_rate is nan; it must be positive"),
-        ("--gamma 1.5", "gamma is 1.5; it must lie in [0, 1]"),
-        ("--gae-lambda -0.1", "gae_lambda is -0.1; it must lie in [0, 1]"),
-        ("--num-envs 0", "num_envs is 0; it must be positive"),
-        ("--num-envs -8 --num-steps -256", "num_envs is -8; it must be positive"),
-        ("--max-grad-norm -1", "max_grad_norm is -1.0; it must be positive"),
-        ("--update-epochs 0", "update_epochs is 0; it must be positive"),
-        ("--eval-episodes 0", "eval_episodes is 0; it must be positive"),
-        ("--seed -1", "seed is -1; it must not be negative"),
+        ("--total-timesteps 0", "total_timesteps cannot be 0"),
+        ("--learning-rate nan", "learning_rate cannot be nan"),
+        ("--gamma 1.5", "gamma or gae_lambda exceeds 1"),
+        ("--gae-lambda -0.1", "gae_lambda cannot be -0.1"),
+        ("--num-envs 0", "num_envs cannot be 0"),
+        ("--num-envs -8 --num-steps -256", "num_envs cannot be -8"),
+        ("--max-grad-norm -1", "max_grad_norm cannot be -1.0"),
+        ("--update-epochs 0", "update_epochs cannot be 0"),
+        ("--eval-episodes 0", "eval_episodes cannot be 0"),
+        ("--checkpoint-every -1", "checkpoint_every cannot be -1"),
+        ("--target-kl 0", "target_kl cannot be 0.0"),
+        ("--seed -1", "seed cannot be -1"),
         ("--seed one", "invalid literal for int"),
         ("--no-such-option 1", "no-such-option"),
         ("--resume nowhere", "nowhere/checkpoint.pt is missing, damaged or not a ppo_"),
@@ -180,7 +182,12 @@ class TestRuns:
         monkeypatch.setattr(sys, "argv", ["x", "--run-dir", str(run_dir)])
         with pytest.raises(SystemExit) as stop:
             ppo.main()
-        assert stop.value.code == f"stopped; --resume {run_dir} continues from the last checkpoint"
+        assert stop.value.code == f"stopped; use --resume {run_dir}"
+        monkeypatch.setattr(ppo, "evaluate", interrupted)
+        monkeypatch.setattr(sys, "argv", ["x", "--evaluate", str(run_dir)])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        assert stop.value.code == "stopped"  # there is nothing to continue
 
     def test_a_missing_tracker_is_told_before_training(self, ppo, monkeypatch, capsys, run_dir):
         monkeypatch.setitem(sys.modules, "wandb", None)
@@ -239,16 +246,19 @@ def test_help_explains_every_option(ppo, capsys, monkeypatch):
 @scripts_with("clipped_policy_loss", "make_envs")
 def test_a_clip_range_of_zero(ppo, monkeypatch, capsys):
     said = refusal(ppo, monkeypatch, capsys, "--clip-coef", "0")
-    assert "clip_coef is 0.0; it must be positive" in said
+    assert "clip_coef cannot be 0.0" in said
+
+
+@scripts_with("follow_kl")
+def test_a_negative_target_of_the_learning_rate(ppo, monkeypatch, capsys):
+    said = refusal(ppo, monkeypatch, capsys, "--lr-kl-target", "-0.01")
+    assert "lr_kl_target cannot be -0.01" in said
 
 
 @scripts_with("update_kl_coef", "make_envs")
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        ("--kl-target 0", "kl_target must be positive, or None"),
-        ("--kl-coef -1", "kl_coef is -1.0; it must not be negative"),
-    ],
+    [("--kl-target 0", "kl_target cannot be 0.0"), ("--kl-coef -1", "kl_coef cannot be -1.0")],
 )
 def test_coefficients_of_the_penalty(ppo, monkeypatch, capsys, arguments, words):
     assert words in refusal(ppo, monkeypatch, capsys, *arguments.split())

@@ -280,7 +280,9 @@ class TestMasks:
         finally:
             del gym.registry[env_id]
 
-    @pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2])], ids=str)
+    @pytest.mark.parametrize(
+        "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(4)], ids=str
+    )
     def test_a_mask_of_another_size_is_an_error_of_its_environment(self, ppo, run_dir, space):
         class Wrong(Masked):
             action_space = space

@@ -72,11 +72,13 @@ def test_the_same_seed_twice_gives_the_same_weights_and_another_seed_others(ppo,
 
 
 @control
-def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way(ppo, tmp_path):
+def test_a_longer_total_goes_on_to_the_new_end_and_is_one_run_stopped_on_the_way(ppo, tmp_path, capsys):
     options = dict(anneal_lr=False, eval_episodes=1)
     ppo.train(small(ppo, tmp_path / "long", total_timesteps=1024, **options))
     ppo.train(small(ppo, tmp_path / "short", total_timesteps=512, **options))
+    capsys.readouterr()
     resumed(ppo, tmp_path / "short", total_timesteps=1024)
+    assert "schedules follow the new total of 1024 steps" in capsys.readouterr().out.splitlines()
     long, short = (ppo.load_checkpoint(tmp_path / name) for name in ("long", "short"))
     assert same(long["agent"], short["agent"]) and same(long["optimizer"], short["optimizer"])
     with pytest.raises(ppo.UserError, match="--total-timesteps can only be increased"):
@@ -88,9 +90,9 @@ def test_a_complete_run_resumed_evaluates_and_changes_nothing(ppo, run_dir, caps
     returns = ppo.train(small(ppo, run_dir))
     weights, points = ppo.load_checkpoint(run_dir), curve(run_dir)
     assert len(points["eval/episodic_return"]) == 1
-    evaluation = capsys.readouterr().out.splitlines()[0]
+    evaluation, end = capsys.readouterr().out.splitlines()
     assert resumed(ppo, run_dir) == returns
-    assert capsys.readouterr().out.splitlines()[0] == evaluation
+    assert capsys.readouterr().out.splitlines() == [evaluation, f"{end} (already finished)"]
     assert same(ppo.load_checkpoint(run_dir), weights) and curve(run_dir) == points
 
 

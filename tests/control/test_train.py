@@ -295,3 +295,11 @@ def test_each_step_has_the_learning_rate_that_the_kl_of_its_minibatch_asks_for(p
         assert used == pytest.approx(expected) and min(used) < 0.01 < max(used)
         logged = [rate for _, rate in curve(tmp_path / str(anneal_lr))["charts/learning_rate"]]
         assert logged == pytest.approx(used[7::8])
+
+
+@scripts_with("follow_kl")
+def test_the_minibatch_that_ends_the_epochs_still_lowers_the_learning_rate(ppo, run_dir):
+    ppo.train(small(ppo, run_dir, learning_rate=0.02, lr_kl_target=1e-6, target_kl=1e-6))
+    # the KL of an iteration is 0 at its first minibatch (1.5 times the rate), above both limits at its second
+    rates = [rate for _, rate in curve(run_dir)["charts/learning_rate"]]
+    assert rates == pytest.approx([0.02 / 1.5] * len(rates)) and len(rates) > 1

@@ -205,12 +205,3 @@ def test_the_options_of_a_saved_run_and_not_the_defaults_must_divide_among_proce
     for option in ("--resume", "--evaluate"):
         monkeypatch.setattr(sys, "argv", ["x", option, str(run_dir)])
         assert ppo.parse_args().num_envs == 9
-
-
-def test_evaluation_of_rlhf_by_several_processes_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(rlhf, "WORLD_SIZE", 2)
-    monkeypatch.setattr(rlhf, "parse_args", lambda: rlhf.Args(evaluate="runs/gpt"))
-    with pytest.raises(SystemExit) as stop:
-        rlhf.main()
-    assert stop.value.code == 2
-    assert "start it without torchrun" in capsys.readouterr().err

@@ -237,7 +237,7 @@ class TestKills:
             said, _ = process.communicate(timeout=60)
             if case == "SIGINT":
                 assert process.returncode == 1, said
-                assert f"stopped; --resume {folder} continues from the last checkpoint" in said
+                assert f"stopped; use --resume {folder}" in said
                 assert "Traceback" not in said
             else:
                 assert process.returncode == -signal.SIGTERM
@@ -545,6 +545,7 @@ class TestEnvironments:
         [
             ("raises", RuntimeError, "the simulator lost\nits licence"),
             ("leaves", ValueError, "the observation -1 of dtype int64 does not fit into Discrete(3)"),
+            ("lacks a package", ImportError, "a_package_that_is_missing"),
             ("dies", (EOFError, ConnectionError), None),
         ],
     )

@@ -589,9 +589,13 @@ class TestResume:
         assert resumed(rlhf, tmp_path / "killed") == history and len(history) == 2
         assert_same_run(rlhf, tmp_path / "alone", tmp_path / "killed")
 
-    def test_a_run_can_grow_longer_but_not_shorter(self, run_dir):
+    def test_a_run_can_grow_longer_but_not_shorter(self, run_dir, capsys):
         rlhf.train(tiny(run_dir))
+        assert capsys.readouterr().out.splitlines()[-1] == f"run: {run_dir}"
         assert len(resumed(rlhf, run_dir, total_episodes=48)) == 3
+        assert "schedules follow the new total of 48 answers" in capsys.readouterr().out.splitlines()
+        resumed(rlhf, run_dir)
+        assert capsys.readouterr().out.splitlines()[-1] == f"run: {run_dir} (already finished)"
         with pytest.raises(rlhf.UserError, match="--total-episodes can only be increased"):
             resumed(rlhf, run_dir, total_episodes=16)
 

@@ -63,10 +63,12 @@ class TestBoxActions:
         scaled = scale(box_agent(ppo, -most, most), torch.tensor([[0.0, 1.5]]), tensors)
         assert scaled.tolist() == [[0.0, 1.5]]
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_every_action_lies_within_bounds_that_floats_cannot_hold_exactly(self, ppo, dtype):
+    @pytest.mark.parametrize("tensors", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_every_action_lies_within_bounds_that_floats_cannot_hold_exactly(self, ppo, dtype, tensors):
         low, high = torch.tensor([-0.3, 0.1], dtype=dtype), torch.tensor([0.7, 0.2], dtype=dtype)
-        scaled = scale(box_agent(ppo, low, high), torch.randn(1000, 2) * 3, tensors=False)
+        scaled = scale(box_agent(ppo, low, high), torch.randn(1000, 2) * 3, tensors)
+        assert scaled.dtype == dtype
         assert (scaled >= low).all() and (scaled <= high).all()
 
     def test_arrays_and_tensors_act_alike_and_as_the_network_that_learns(self, ppo):
@@ -242,6 +244,8 @@ class TestEitherKind:
     def test_the_deterministic_action_is_the_likeliest_or_the_mean(self, ppo):
         agent = self.agent(ppo, spaces.Discrete(3, start=5), [0.0, 3.0, 1.0])
         assert agent.act(np.zeros(3), deterministic=True) == 6
+        short = self.agent(ppo, spaces.Discrete(3, start=5, dtype=np.int32), [0.0, 3.0, 1.0])
+        assert short.act(np.zeros(3)).dtype == np.int32
         agent = self.agent(ppo, spaces.Box(-2, 2, (2,), np.float32), [0.5, -0.25])
         assert agent.act(np.zeros(3), deterministic=True).tolist() == [1.0, -0.5]
 
