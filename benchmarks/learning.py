@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --processes 2            everything: a day; continues if interrupted
     python benchmarks/learning.py --campaigns mujoco --tasks Hopper-v5 --seeds 1 2
-    python benchmarks/learning.py --quick                  try each campaign, two minutes; record nothing
+    python benchmarks/learning.py --quick                  try each campaign for 8,192 steps; record nothing
     python benchmarks/plot.py                              draw the pictures; tables.py writes the tables
 
 Campaigns, each with its variants, tasks, seeds and steps in CAMPAIGNS:
@@ -255,7 +255,7 @@ def main(options: Options) -> None:
     if options.quick:
         for part in tqdm([CAMPAIGNS[name][0] for name in options.campaigns], unit=" runs"):
             with tempfile.TemporaryDirectory() as folder:
-                row = run(part.variants[-1], part.tasks[0], 1, 10_240, Path(folder) / "run", quick=True)
+                row = run(part.variants[-1], part.tasks[0], 1, 8_192, Path(folder) / "run", quick=True)
             tqdm.write(f"{row['variant']}, {row['task']}: {row['seconds']} s, return {row['evaluation']}")
         return
     folder = ROOT / "runs" / "learning"

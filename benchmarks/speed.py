@@ -91,7 +91,7 @@ JOBS = {  # job: {variant: command}; the peers have the settings of the script
             (8, "async", "--async-envs"),
         )
     },
-    "memory": {"all weights": MEMORY, "--lora-rank 16": f"{MEMORY} --lora-rank 16", "imports": "imports"},
+    "memory": {"imports": "imports", "all weights": MEMORY, "--lora-rank 16": f"{MEMORY} --lora-rank 16"},
 }
 if torch.cuda.is_available():
     works = {
