@@ -91,7 +91,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the noise, the minibatches and the environments"""
     cuda: bool = False
-    """learn on the GPU (small networks are faster on the CPU)"""
+    """learn on the GPU (small networks may be faster on the CPU)"""
     compile: bool = False
     """compile the learning step: slower to start, then faster"""
     async_envs: bool = False
@@ -142,12 +142,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends.
+    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
+    where V(successor) estimates the rest, too.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -348,7 +349,7 @@ class Agent(nn.Module):
         """Compute actions for env.step() from raw observations, one (O,) or a batch (N, O)."""
         shape, expected = np.shape(obs), tuple(self.obs_moments.mean.shape)
         require(shape[-1:] == expected, f"observations {shape} do not end in {expected}: flatten them first")
-        noise = torch.randn(*obs.shape[:-1], len(self.log_std)) * (not deterministic)
+        noise = torch.randn(*shape[:-1], len(self.log_std)) * (not deterministic)
         return self.acting_policy(like=obs)(obs, as_type_of(obs, noise))[1]
 
 
@@ -526,7 +527,8 @@ def train(args: Args) -> list[float]:
         all_obs[-1] = obs_now
         rows = (all_obs, actions, rewards, terminations, truncations)
         raw_obs, actions, rewards, terminations, truncations = (torch.as_tensor(x).to(device) for x in rows)
-        check_finite(step - args.batch_size + args.num_envs, obs=raw_obs[1:], reward=rewards.float())
+        check_finite(step - args.batch_size, obs=raw_obs)
+        check_finite(step - args.batch_size + args.num_envs, reward=rewards.float())
         dones = terminations.bool() | truncations.bool()
         sums, running = running_sums(rewards.cpu().numpy(), dones.cpu().numpy(), args.gamma, running)
         _, ended_returns, ended_lengths = sums[dones.cpu().numpy()].T
@@ -689,7 +691,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
         changed = [name for name in saved.keys() - FREE if getattr(args, name) != saved[name]]
         require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
         require(args.total_timesteps >= saved["total_timesteps"], "--total-timesteps can only be increased")
-        if RANK == 0 and args.total_timesteps > saved["total_timesteps"]:
+        if RANK == 0 and args.resume and args.total_timesteps > saved["total_timesteps"]:
             print(f"schedules follow the new total of {args.total_timesteps} steps")
         return run_dir, checkpoint
     if RANK == 0:
@@ -784,7 +786,8 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped" if args.evaluate else f"stopped; use --resume {args.resume or args.run_dir}")
+        can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()
+        sys.exit("stopped" + (f"; use --resume {args.resume or args.run_dir}" if can_resume else ""))
 
 
 if __name__ == "__main__":

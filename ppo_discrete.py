@@ -96,7 +96,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the noise, the minibatches and the environments"""
     cuda: bool = False
-    """learn on the GPU (small networks are faster on the CPU)"""
+    """learn on the GPU (small networks may be faster on the CPU)"""
     compile: bool = False
     """compile the learning step: slower to start, then faster"""
     async_envs: bool = False
@@ -147,12 +147,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends.
+    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
+    where V(successor) estimates the rest, too.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -414,7 +415,7 @@ class Agent(nn.Module):
         """
         batch, last = np.shape(obs)[: -len(self.shape)], np.shape(obs)[-len(self.shape) :]
         require(last == self.shape, f"observations {np.shape(obs)} do not end in {self.shape}: flatten them")
-        require(not self.images or obs.dtype in (np.uint8, torch.uint8), f"images of {obs.dtype}, not bytes")
+        require(not self.images or obs.dtype in (np.uint8, torch.uint8), "images must be bytes (uint8)")
         shape = (*batch, *self.choices.shape)
         noise = as_type_of(obs, torch.zeros(shape) if deterministic else gumbel_noise(*shape))
         legal = legal_choices(info or {}, as_type_of(obs, self.choices.expand(shape)))
@@ -678,7 +679,8 @@ def train(args: Args) -> list[float]:
         rows = (all_obs, actions, legal, rewards, terminations, truncations, ended)
         rows = [torch.as_tensor(x).to(device) for x in rows]
         raw_obs, actions, legal, rewards, terminations, truncations, ended = rows
-        check_finite(step - args.batch_size + args.num_envs, obs=raw_obs[1:], reward=rewards.float())
+        check_finite(step - args.batch_size, obs=raw_obs)
+        check_finite(step - args.batch_size + args.num_envs, reward=rewards.float())
         dones, ended = terminations.bool() | truncations.bool(), ended.bool().cpu().numpy()
         sums, running = running_sums(rewards.cpu().numpy(), ended, args.gamma, running)
         _, ended_returns, ended_lengths = sums[ended].T
@@ -848,7 +850,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
         changed = [name for name in saved.keys() - FREE if getattr(args, name) != saved[name]]
         require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
         require(args.total_timesteps >= saved["total_timesteps"], "--total-timesteps can only be increased")
-        if RANK == 0 and args.total_timesteps > saved["total_timesteps"]:
+        if RANK == 0 and args.resume and args.total_timesteps > saved["total_timesteps"]:
             print(f"schedules follow the new total of {args.total_timesteps} steps")
         return run_dir, checkpoint
     if RANK == 0:
@@ -943,7 +945,8 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped" if args.evaluate else f"stopped; use --resume {args.resume or args.run_dir}")
+        can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()
+        sys.exit("stopped" + (f"; use --resume {args.resume or args.run_dir}" if can_resume else ""))
 
 
 if __name__ == "__main__":

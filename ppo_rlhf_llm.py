@@ -231,12 +231,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute truncated generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns).
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends.
+    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
+    where V(successor) estimates the rest, too.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -1474,7 +1475,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
         changed = [name for name in saved.keys() - free if getattr(args, name) != saved[name]]
         require(not changed, f"options of a saved run cannot change: {', '.join(sorted(changed))}")
         require(args.total_episodes >= saved["total_episodes"], "--total-episodes can only be increased")
-        if args.total_episodes > saved["total_episodes"]:
+        if args.resume and args.total_episodes > saved["total_episodes"]:
             print(f"schedules follow the new total of {args.total_episodes} answers")
         if state["stage"] == 2:
             state["models"] |= load_checkpoint(run_dir / "frozen")["models"]

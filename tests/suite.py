@@ -427,6 +427,8 @@ class Faulty(Counter):
         obs, info = super().reset(seed=seed)
         if self.fails and self.fault == "raises at reset":
             raise RuntimeError("no reset")
+        if self.fails and self.fault.startswith("first obs "):
+            obs = np.full(1, float(self.fault.split()[2]), np.float32)
         return (0 if self.fault == "leaves" else obs), info
 
     def step(self, action):

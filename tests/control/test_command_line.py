@@ -173,6 +173,9 @@ class TestRuns:
         )
         ppo.main()
         assert "over 4 episodes" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["x", f"--evaluate={run_dir}", "--total-timesteps", "8192"])
+        ppo.main()
+        assert capsys.readouterr().out.splitlines() == [trained]  # nothing about schedules
 
     def test_ctrl_c_says_how_to_go_on(self, ppo, monkeypatch, capsys, run_dir):
         def interrupted(*_, **__):
@@ -188,6 +191,11 @@ class TestRuns:
         with pytest.raises(SystemExit) as stop:
             ppo.main()
         assert stop.value.code == "stopped"  # there is nothing to continue
+        monkeypatch.setattr(ppo, "make_envs", interrupted)
+        monkeypatch.setattr(sys, "argv", ["x", "--run-dir", str(run_dir / "new")])
+        with pytest.raises(SystemExit) as stop:
+            ppo.main()
+        assert stop.value.code == "stopped"  # before the first checkpoint
 
     def test_a_missing_tracker_is_told_before_training(self, ppo, monkeypatch, capsys, run_dir):
         monkeypatch.setitem(sys.modules, "wandb", None)

@@ -568,6 +568,11 @@ class TestEnvironments:
         assert "--init-from" in said
         assert ppo.load_checkpoint(run_dir)["iteration"] == 0
 
+    def test_what_is_no_number_at_the_start_of_an_episode(self, ppo, run_dir, monkeypatch, capsys):
+        env_id = probe(ppo, "Faulty", fault="first obs nan", which=2)
+        said = refusal_after(ppo, monkeypatch, capsys, *self.OPTIONS, env_id, "--run-dir", run_dir)
+        assert said.startswith("error: obs of environment 1 is nan or infinite at step 0; ")
+
     def test_a_dict_may_leave_its_bounds_and_have_more_keys(self, ppo, run_dir):
         class Loose(Spaces):
             def reset(self, **options):

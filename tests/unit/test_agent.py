@@ -210,7 +210,7 @@ class TestCategoricalActions:
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
         assert agent.act(images[0].numpy()).shape == (5,) and agent.act(images[0, 0].numpy()).shape == ()
         assert agent.act(images[0]).shape == (5,)
-        with pytest.raises(ppo.UserError, match=r"images of torch.float32, not bytes"):
+        with pytest.raises(ppo.UserError, match=r"images must be bytes"):
             agent.act(images[0] / 255)
 
     def test_orthogonal_start_with_all_choices_alike(self, ppo):
@@ -277,6 +277,7 @@ class TestAct:
         one = agent.act(batch[2], deterministic=True)
         assert not torch.is_tensor(one) and one.shape == shape and action_space(ppo).contains(one)
         np.testing.assert_allclose(one, agent.act(batch, deterministic=True)[2], rtol=1e-6)
+        assert np.array_equal(agent.act(batch[2].tolist(), deterministic=True), one)  # a list of numbers
 
     def test_tensors_get_tensors(self, ppo):
         assert torch.is_tensor(make_agent(ppo).act(torch.zeros(4, 3)))
