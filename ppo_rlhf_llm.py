@@ -129,7 +129,7 @@ class Args:
     dense_reward: bool = False
     """reward each token with the change of the score (else: the last token with the score)"""
     eos_penalty: float = 1.0
-    """subtracted from the score of an answer without an end token, in deviations of the SFT model's scores"""
+    """subtracted from the score of an unfinished answer, in standard deviations of the SFT model's scores"""
     ptx_coef: float = 0.0
     """coefficient of the SFT loss in stage 3 (gamma of InstructGPT)"""
     model: str | None = None
@@ -650,6 +650,11 @@ class Data:
     held_out_pairs: Sequence[tuple[Prompt, list[int], list[int]]] = ()
     ptx_texts: Sequence[tuple[Prompt, list[int]]] = ()
 
+    def digest(self) -> str:
+        """Return a hash of all rows, to notice that files have changed."""
+        rows = (repr(row).encode() for rows in vars(self).values() if isinstance(rows, list) for row in rows)
+        return hashlib.sha256(b"".join(hashlib.sha256(row).digest() for row in rows)).hexdigest()
+
 
 def built_in_data(models: Models) -> Data:
     """Generate texts of a help desk: complaints of customers, and good and bad answers."""
@@ -729,6 +734,8 @@ def parse_entry(entry: dict, kind: str) -> tuple[str | list, list]:
     elif prompt is None:
         start = os.path.commonprefix(answers).rindex(TURN) + len(TURN)  # noqa: RUF071, characters
         prompt, answers = answers[0][:start], [answer[start:] for answer in answers]
+    several = (len(x) > 1 if isinstance(x, list) else kind == "pair" and TURN in x for x in answers)
+    require(not any(several), "an answer has several turns")
     return prompt, answers if kind != "prompt" else []
 
 
@@ -789,7 +796,7 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
         except UserError as error:
             skipped.append(f"line {number}: {error}")
         except Exception as error:  # templates and values of all types raise many kinds
-            message = f"{path}, line {number}: expected a JSON object with {FORMS[kind]}"
+            message = f"{path}, line {number}: not usable as a JSON object with {FORMS[kind]}"
             raise UserError(f"{message} ({type(error).__name__}: {error})") from error
     if skipped:
         print(f"{path}: skipped {len(skipped)} lines; the first is {skipped[0]}", file=sys.stderr)
@@ -821,15 +828,14 @@ def load_data(models: Models) -> Data:
     require(pairs or models.score_function, "stage 2 needs --preference-data, or a --reward-function")
     require(len(prompts) >= 10, "stage 3 needs --prompt-data with at least 10 prompts")
     require(ptx_texts or texts or not args.ptx_coef, "--ptx-coef needs --ptx-data")
-    draw, held_out, split = random.Random(derive_seed(args.seed, 0)), set(), []
+    draw, held_out = random.Random(derive_seed(args.seed, 0)), set()
     for rows in (prompts, texts, pairs):  # a prompt that one file holds out, the others hold out, too
         draw.shuffle(rows)
         keys = sorted(dict.fromkeys(map(prompt_key, rows)), key=lambda key: key not in held_out)
         held_out.update(keys[: min(len(keys) // 10, HELD_OUT)])
-    for rows in (texts, prompts, pairs):
-        for kept in (False, True):
-            split.append([row for row in rows if (prompt_key(row) in held_out) == kept])
-    texts, texts_out, prompts, prompts_out, pairs, pairs_out = split
+    files = (texts, prompts, pairs, ptx_texts)
+    split = [[[x for x in rows if (prompt_key(x) in held_out) is y] for y in (False, True)] for rows in files]
+    (texts, texts_out), (prompts, prompts_out), (pairs, pairs_out), (ptx_texts, _) = split
     prompts, prompts_out = ([prompt for (prompt,) in rows] for rows in (prompts, prompts_out))
     return Data(texts, prompts, texts_out, prompts_out, None, pairs, pairs_out, ptx_texts)
 
@@ -870,7 +876,7 @@ def generate(models: Models, model: nn.Module, prompts: Sequence[Prompt]) -> tup
     models.eval()  # layers in training mode do not use the cache
     tokens, attention, _ = join(models, prompts, [[]] * len(prompts))
     ids, positions, cache = [tokens], (attention.cumsum(1) - 1).clamp(min=0), None
-    alive, mask, logprobs = torch.ones_like(tokens[:, :1], dtype=torch.bool), [], []
+    alive, logprobs = torch.ones_like(tokens[:, :1], dtype=torch.bool), []
     for _ in range(models.args.answer_length):
         with models.autocast():
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
@@ -879,12 +885,11 @@ def generate(models: Models, model: nn.Module, prompts: Sequence[Prompt]) -> tup
         tokens, cache = torch.multinomial(log_policy.exp(), 1), output.past_key_values
         logprobs.append(log_policy.gather(1, tokens))
         ids.append(tokens.masked_fill(~alive, models.tokenizer.pad_token_id))
-        mask.append(alive)
         attention, positions = torch.cat((attention, alive.to(attention.dtype)), 1), positions[:, -1:] + 1
         alive = alive & ~torch.isin(tokens, models.ends)
         if not alive.any():  # synchronises with the GPU
             break
-    return Answers(torch.cat(ids, 1), attention, torch.cat(mask, 1)), torch.cat(logprobs, 1)
+    return Answers(torch.cat(ids, 1), attention, attention[:, -len(logprobs) :] > 0), torch.cat(logprobs, 1)
 
 
 def decode(models: Models, answers: Answers) -> list[str]:
@@ -987,8 +992,7 @@ def score(models: Models, prompts: Sequence[Prompt], answers: Answers) -> Tensor
     require(valid, f"{len(prompts)} answers need {len(prompts)} finite scores, not {scores}")
     mean, deviation = models.score_moments
     scores = (torch.as_tensor(scores).to(answers.ids.device) - mean) / deviation
-    zeros = F.pad(torch.zeros_like(answers.mask, dtype=torch.float32), (0, 1))
-    return zeros.scatter(1, answers.mask.sum(1, keepdim=True), scores[:, None])
+    return F.one_hot(answers.mask.sum(1), answers.mask.shape[1] + 1) * scores[:, None]
 
 
 # ------------------------------------------------------------------------------------------- stages 1 and 2
@@ -1116,9 +1120,8 @@ def sample_pairs(models: Models, prompts: list[Prompt], labeller: Callable) -> t
 def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -> int:
     """Stage 2: fit the reward model to preferences and copy it to the critic. Return the next step."""
     args, trunk = models.args, models.reference.get_decoder().state_dict()
-    models.critic.trunk.load_state_dict(trunk)
+    (models.reward or models.critic).trunk.load_state_dict(trunk)
     if models.reward is not None:
-        models.reward.trunk.load_state_dict(trunk)
         pairs, held_out, ceiling = data.pairs, data.held_out_pairs, ""
         if data.labeller:
             prompts = [data.prompts[i] for i in torch.randint(len(data.prompts), (args.num_pairs,)).tolist()]
@@ -1214,13 +1217,11 @@ def train(args: Args) -> list[dict[str, float]]:
     run_dir, state = open_run(args)
     models.load_state_dict(state.pop("models") or models.state_dict())
     stage, first_iteration, step, history = (state[x] for x in ("stage", "iteration", "step", "history"))
-    rows = (row for rows in vars(data).values() if isinstance(rows, list) for row in rows)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(repr(row).encode()).digest() for row in rows)).hexdigest()
-    require(state["data"] in (None, digest), f"the data have changed since {run_dir} was started")
+    require(state["data"] in (None, data.digest()), f"the data have changed since {run_dir} was started")
     silent = dict.fromkeys(("add_scalar", "add_text", "flush", "close"), lambda *_: None)
     writer = open_writer(args, run_dir, step) if RANK == 0 else SimpleNamespace(**silent)
 
-    save = functools.partial(save_checkpoint, run_dir, args, models, writer, history, digest)
+    save = functools.partial(save_checkpoint, run_dir, args, models, writer, history, data.digest())
     check_models(models, data.prompts[:8], fresh=first_iteration == 0)
     for number, learn in enumerate((fine_tune, learn_reward)):
         if stage == number:
@@ -1229,13 +1230,12 @@ def train(args: Args) -> list[dict[str, float]]:
             stage, step = number + 1, learn(models, data, writer, step)
 
     learners = [models.actor, models.critic]
-    # epsilon 1e-5 as in the code of Ziegler et al.; with torch's 1e-8 the first KLs are several times higher
+    # epsilon 1e-5 as in the code of Ziegler et al. (torch's default is 1e-8)
     groups = [{"params": [x for x in model.parameters() if x.requires_grad]} for model in learners]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     optimizer.load_state_dict(state.pop("optimizer") or optimizer.state_dict())
     num_prompts = args.batch_size // WORLD_SIZE // args.answers_per_prompt  # of this process
     critic_lambda = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
-    use_reference = args.kl_coef > 0 or args.kl_target is not None
     options = {"total": args.num_iterations, "initial": first_iteration, "disable": RANK > 0}
     for iteration in (progress := tqdm(range(first_iteration, args.num_iterations), "stage 3", **options)):
         if iteration % args.checkpoint_every == 0:
@@ -1255,7 +1255,7 @@ def train(args: Args) -> list[dict[str, float]]:
         mask, finished = answers.mask, finished_answers(models, answers)
         prefix_scores = score(models, prompts, answers)
         scores, kl_coef = at_end(prefix_scores, mask), models.kl_coef.item()
-        values, logprobs, ref_logprobs, kl, ref_states = assess(models, answers, use_reference)
+        values, logprobs, ref_logprobs, kl, ref_states = assess(models, answers, args.kl_coef > 0)
 
         # 2. advantages: rewards of actions (tokens or whole answers), then GAE. Nothing follows the last
         # action, whether the answer is finished or not: it is a termination.
@@ -1272,7 +1272,7 @@ def train(args: Args) -> list[dict[str, float]]:
         advantages = compute_gae(*by_time, args.gamma, args.gae_lambda)[0].T
         returns = compute_gae(*by_time, args.gamma, critic_lambda)[1].T
         if args.norm_adv:
-            # the KL in the loss is divided, too, so that kl_coef means the same in both places
+            # kl_coef in the loss is divided by the same deviation, so that it means the same in both places
             in_loss /= advantages[acted].std().item() + 1e-8
             advantages = advantages.masked_scatter(acted, normalize(advantages[acted]))
         batch = Batch(*answers, ref_states, old_logprobs, old_values, advantages, returns)
@@ -1297,7 +1297,7 @@ def train(args: Args) -> list[dict[str, float]]:
                 models.actor.zero_grad()  # so that Adam skips the actor and gathers no moments for it
             optimizer.step()
         optimizer.zero_grad()  # frees the gradients
-        answer_kl = average((kl * mask).sum(1).mean()).item() if use_reference else math.nan
+        answer_kl = average((kl * mask).sum(1).mean()).item() if args.kl_coef else math.nan
         if args.kl_target is not None and iteration >= args.critic_warmup:
             new_coef = adapt_kl_coef(kl_coef, answer_kl, args.kl_target, args.batch_size, args.kl_horizon)
             models.kl_coef.fill_(new_coef)
@@ -1322,7 +1322,7 @@ def train(args: Args) -> list[dict[str, float]]:
             "charts/kl_coef": kl_coef,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
-        if use_reference:
+        if args.kl_coef:
             scalars["rlhf/kl"] = answer_kl
         if data.labeller:
             said = zip(prompts, decode(models, answers), strict=True)
@@ -1387,9 +1387,8 @@ def check_models(models: Models, prompts: list[Prompt], fresh: bool) -> None:
         check_same("actor and reference differ before stage 3", first.kl[mask], 1e-6)
     ids = F.pad(answers.ids, (5, 5), value=models.tokenizer.pad_token_id)
     padded = assess(models, Answers(ids, F.pad(answers.attention, (5, 5)), F.pad(mask, (0, 5))))
-    for name in ("values", "logprobs"):
-        difference = getattr(padded, name)[:, :-5] - getattr(first, name)
-        check_same(f"padding changes {name}: positions or the mask", difference[mask])
+    for name, x, y in zip(("values", "logprobs"), padded, first, strict=False):
+        check_same(f"padding changes {name}: positions or the mask", (x[:, :-5] - y)[mask])
     models.bf16 = bf16
 
 
@@ -1416,7 +1415,7 @@ def evaluate(models: Models, data: Data, writer=None, step: int = 0) -> dict[str
     before, after = np.array([row[2::2] for row in rows]).T
     win_rate, judge = (np.sign(after - before) + 1).mean() / 2, "gold" if data.labeller else "score"
     error = math.sqrt(win_rate * (1 - win_rate) / len(rows))
-    distinct = np.mean([len({row[3] for row in some}) / len(some) for some in chunks(rows, 100)])
+    distinct = sum(len({row[3] for row in some}) for some in chunks(rows, 100)) / len(rows)
     metrics = {"win_rate": win_rate, "kl": kl, "distinct": distinct, "finished": finished}
     metrics |= {"response_length": lengths} | ({"gold": after.mean()} if data.labeller else {})
     form = "{}\n  before: {!r} ({judge} {:.1f})\n  after:  {!r} ({judge} {:.1f})"
@@ -1439,7 +1438,9 @@ def answer(args: Args) -> None:
     models = Models(args).to(set_up_torch(args))
     models.load_state_dict(state["models"])
     if not args.generate:
-        evaluate(models, load_data(models))
+        data = load_data(models)
+        require(state["data"] == data.digest(), f"the data have changed since {args.evaluate} was started")
+        evaluate(models, data)
         return
     # prompts of the built-in data end with a line break
     (prompt,) = encode(models, args.generate + "\n" * (not (args.model or args.sft_data)))
@@ -1465,7 +1466,7 @@ def set_up_torch(args: Args) -> torch.device:
 def open_run(args: Args) -> tuple[Path, dict]:
     """Return the run folder and its checkpoint, which is empty for a new run.
 
-    Raises UserError for options that would change the result of a saved run, or if the folder is in use.
+    Raises UserError for options that a saved run cannot change, or if the folder is in use.
     """
     run_dir = Path(args.resume or args.evaluate or args.run_dir or new_run_dir(args))
     if args.resume or args.evaluate:
@@ -1583,7 +1584,8 @@ def main() -> None:
         tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped" if args.evaluate else f"stopped; use --resume {args.resume or args.run_dir}")
+        can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()
+        sys.exit("stopped" + (f"; use --resume {args.resume or args.run_dir}" if can_resume else ""))
 
 
 if __name__ == "__main__":

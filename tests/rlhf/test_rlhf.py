@@ -624,6 +624,23 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         assert words in refusal(rlhf, monkeypatch, capsys, *arguments.split())
 
+    def test_ctrl_c_before_the_first_checkpoint_and_during_an_evaluation_offers_nothing(
+        self, monkeypatch, run_dir
+    ):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        for name, option in (("load_data", "--run-dir"), ("open_run", "--evaluate")):
+            monkeypatch.setattr(rlhf, name, interrupted)
+            monkeypatch.setattr(
+                rlhf,
+                "parse_args",
+                lambda option=option: tiny(run_dir, evaluate=option == "--evaluate" and "run"),
+            )
+            with pytest.raises(SystemExit) as stop:
+                rlhf.main()
+            assert stop.value.code == "stopped"
+
     def test_cuda_without_a_gpu_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "--cuda needs a GPU" in refusal(rlhf, monkeypatch, capsys, "--cuda")
@@ -658,6 +675,14 @@ class TestCommandLine:
         said = capsys.readouterr().out
         for name in rlhf.Args.__dataclass_fields__:
             assert "--" + name.replace("_", "-") in said
+
+
+def test_distinct_answers_are_counted_among_a_hundred(monkeypatch):
+    """The last prompts of 101 are a group of one, which is always distinct; it must count as one in 101."""
+    models = rlhf.Models(tiny(eval_prompts=101))
+    data = rlhf.built_in_data(models)
+    monkeypatch.setattr(rlhf, "decode", lambda models, answers: ["the same"] * len(answers.ids))
+    assert rlhf.evaluate(models, data)["eval/distinct"] == pytest.approx(2 / 101)
 
 
 @pytest.mark.usefixtures("few_held_out")

@@ -123,6 +123,31 @@ def test_lines_whose_system_prompt_would_be_lost_are_skipped(chat, tmp_path, cap
     assert "skipped 1 lines; the first is line 11: it has a system or history" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {
+            "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+            "rejected": [user("a"), assistant("e")],
+        },
+        {
+            "prompt": [user("a")],
+            "chosen": [assistant("b"), user("c"), assistant("d")],
+            "rejected": [assistant("e")],
+        },
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "rejected": "\n\nHuman: a\n\nAssistant: e",
+        },
+    ],
+    ids=["messages", "messages after a prompt", "text"],
+)
+def test_pairs_that_differ_before_the_last_turn_are_skipped(chat, tmp_path, capsys, entry):
+    rows = [{"prompt": f"{i}", "chosen": "b", "rejected": "c"} for i in range(10)]
+    assert len(rlhf.read_jsonl(chat, write(tmp_path / "p.jsonl", [*rows, entry]), "pair")) == 10
+    assert "skipped 1 lines; the first is line 11: an answer has several turns" in capsys.readouterr().err
+
+
 def test_the_end_of_a_turn_ends_an_answer(tmp_path):
     """Base models have another end token than the turns of their chat template."""
     path = save_model(tmp_path / "model", transformers, "Llama", additional_special_tokens=["<turn>"])
@@ -276,6 +301,8 @@ def test_a_changed_data_file_is_noticed_on_resume(run_dir, tmp_path, monkeypatch
     write(tmp_path / "p.jsonl", [{"prompt": f"{i}\n", "completion": "No!"} for i in range(12)])
     with pytest.raises(rlhf.UserError, match="the data have changed since"):
         resumed(rlhf, run_dir, total_episodes=64)
+    with pytest.raises(rlhf.UserError, match="the data have changed since"):  # what was held out has, too
+        rlhf.answer(rlhf.Args(**rlhf.load_checkpoint(run_dir)["args"] | {"evaluate": str(run_dir)}))
 
 
 @pytest.mark.usefixtures("few_held_out")

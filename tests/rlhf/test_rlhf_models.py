@@ -407,9 +407,9 @@ class TestFiles:
         [
             (
                 '{"prompt": "a", "completion": "b"',
-                "line 3: expected a JSON object with a prompt with completion, .* or text .*Expecting",
+                "line 3: not usable as a JSON object with a prompt with completion, .* or text .*Expecting",
             ),
-            ('{"prompt": "a"}', "line 3: expected a JSON object with"),
+            ('{"prompt": "a"}', "line 3: not usable as a JSON object with"),
             ('{"prompt": "a", "completion": 5}', "line 3: .*TypeError"),
             ('["prompt", "completion"]', "line 3"),
             ("5", "line 3"),
@@ -441,7 +441,7 @@ class TestFiles:
         assert read(path, "prompt") == [(str(i),) for i in range(10)]
         for content in (gzip.compress(lines.encode()), lines.encode("utf-16"), b"[" + lines.encode() + b"]"):
             path.write_bytes(content)
-            with pytest.raises(rlhf.UserError, match="line 1: expected a JSON object"):
+            with pytest.raises(rlhf.UserError, match="line 1: not usable as a JSON object"):
                 read(path, "prompt")
 
     def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
@@ -474,12 +474,13 @@ class TestFiles:
         assert data.labeller is rlhf.gold_score
 
     def test_what_is_held_out_is_not_learned_from(self, files):
-        data = rlhf.load_data(rlhf.Models(tiny(**files)))
+        data = rlhf.load_data(rlhf.Models(tiny(**files | {"ptx_data": files["sft_data"]})))
         (held_out,) = data.held_out_prompts  # a tenth of 14
         for learned, other in ((data.texts, data.held_out_texts), (data.pairs, data.held_out_pairs)):
             assert [row[0].text for row in other] == [held_out.text]
             assert held_out.text not in {row[0].text for row in learned} and len(learned) == 13
         assert held_out not in data.prompts and len(data.prompts) == 13
+        assert held_out.text not in {row[0].text for row in data.ptx_texts} and len(data.ptx_texts) == 13
 
     def test_all_pairs_of_a_prompt_are_held_out_together(self, files, tmp_path):
         """Accuracy on held-out pairs says nothing about new prompts if their prompts were learned."""
