@@ -58,6 +58,7 @@ ATARI = (  # Table 5 of the paper
 VARIANTS = {  # a script and its options; the peers are in ZOO
     **{script: script for script in ("ppo_continuous", "ppo_discrete", "ppo_penalty")},
     "gamma 0.9999": "ppo_continuous --gamma 0.9999",
+    "gamma 0.9999, lambda 0.98": "ppo_continuous --gamma 0.9999 --gae-lambda 0.98",
     "policy gradient": "ppo_continuous --update-epochs 1 --num-minibatches 1 --target-kl None",
     "unclipped surrogate": "ppo_penalty --kl-coef 0 --kl-target None --target-kl None",
     "Atari": ATARI,
@@ -138,7 +139,10 @@ CAMPAIGNS = {
         ),
         Campaign(["Atari, short"], ["ALE/Breakout-v5"], 1, 150_000),
     ],
-    "mujoco": [Campaign(["ppo_continuous"], MUJOCO, 10), Campaign(["gamma 0.9999"], ["Swimmer-v5"], 10)],
+    "mujoco": [
+        Campaign(["ppo_continuous"], MUJOCO, 10),
+        Campaign(["gamma 0.9999", "gamma 0.9999, lambda 0.98"], ["Swimmer-v5"], 10),
+    ],
     "penalty": [Campaign(["ppo_penalty"], [*PAPER_TASKS, "Ant-v5"], 5)],
     "table1": [Campaign(["random", *TABLE_1], PAPER_TASKS, 3)],
     "ancestors": [Campaign(["policy gradient", "unclipped surrogate", "TRPO"], PAPER_TASKS, 3)],
