@@ -21,6 +21,7 @@ from suite import (
     discrete,
     each_kind,
     make_agent,
+    one_control,
     register,
     scripts_with,
     small,
@@ -246,7 +247,7 @@ class Global(Counter):
         return obs, self.offset + random.random() + np.random.rand() + torch.rand(()).item(), *rest
 
 
-@control
+@one_control
 @pytest.mark.parametrize("async_envs", [False, True], ids=["sync", "async"])
 def test_environments_that_use_global_generators_repeat_and_differ(ppo, tmp_path, registered, async_envs):
     env_id = registered(lambda: Global(discrete(ppo)))
@@ -266,7 +267,7 @@ def test_two_runs_that_start_together_have_different_folders(ppo, monkeypatch):
     assert re.fullmatch(rf"runs/my\.module-ALE-Mine-v0__{ppo.__name__}__7__\d+", name)
 
 
-@control
+@one_control
 @pytest.mark.parametrize("option", ["resume", "evaluate", "init_from"])
 @pytest.mark.parametrize("part", ["actions", "observations"])
 def test_a_task_whose_spaces_have_changed_is_refused(
@@ -369,7 +370,7 @@ def runs_of_wandb(monkeypatch):
     return ids
 
 
-@control
+@one_control
 def test_every_run_has_one_id_at_weights_and_biases(ppo, tmp_path, runs_of_wandb):
     for name in ("a/seed1", "b/seed1", "c/seed 1: ä"):
         ppo.train(small(ppo, tmp_path / name, track=True, total_timesteps=256))

@@ -83,7 +83,7 @@ class TestSegments:
         assert returns == [15.0] * 100
 
 
-@control
+@one_control
 def test_async_environments_give_the_same_results(ppo, tmp_path):
     returns, agents = [], []
     for async_envs in (False, True):
