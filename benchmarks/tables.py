@@ -108,8 +108,9 @@ def beside_published() -> str:
 def mujoco() -> str:
     """Return all statistics of ppo_continuous on MuJoCo, and of Swimmer with other discounts."""
     keys = [("ppo_continuous", task) for task in tasks_of("ppo_continuous") if task in MUJOCO]
+    longer = [(variant, "Swimmer-v5") for variant in ("gamma 0.9999", LONG)]
     rows = []
-    for variant, task in [*keys, ("gamma 0.9999", "Swimmer-v5"), (LONG, "Swimmer-v5")]:
+    for variant, task in keys + [key for key in longer if column(*key, "evaluation")]:
         values, training = (column(variant, task, x) for x in ("evaluation", "last_100_episodes"))
         seeds = f" ({len(training)} of {len(values)} seeds)" if len(training) < len(values) else ""
         last = shown(mean(training)) + seeds if training else "not recorded"

@@ -630,13 +630,9 @@ class TestCommandLine:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        for name, option in (("load_data", "--run-dir"), ("open_run", "--evaluate")):
+        for name, args in (("load_data", tiny(run_dir)), ("open_run", tiny(run_dir, evaluate="run"))):
             monkeypatch.setattr(rlhf, name, interrupted)
-            monkeypatch.setattr(
-                rlhf,
-                "parse_args",
-                lambda option=option: tiny(run_dir, evaluate=option == "--evaluate" and "run"),
-            )
+            monkeypatch.setattr(rlhf, "parse_args", lambda args=args: args)
             with pytest.raises(SystemExit) as stop:
                 rlhf.main()
             assert stop.value.code == "stopped"
@@ -678,7 +674,7 @@ class TestCommandLine:
 
 
 def test_distinct_answers_are_counted_among_a_hundred(monkeypatch):
-    """The last prompts of 101 are a group of one, which is always distinct; it must count as one in 101."""
+    """The last of 101 answers is alone in its group and so always distinct; it must count as one of 101."""
     models = rlhf.Models(tiny(eval_prompts=101))
     data = rlhf.built_in_data(models)
     monkeypatch.setattr(rlhf, "decode", lambda models, answers: ["the same"] * len(answers.ids))
