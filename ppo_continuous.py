@@ -224,10 +224,10 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
     the length. Rewards and dones are (T, N). Sums restart at zero after a done; start (N, 3) precedes row 0.
     """
     sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
-    decays, alive = np.array([gamma, 1.0, 1.0]), ~dones[..., None]
-    for row, goes_on in zip(sums, alive, strict=True):
+    decays = np.array([gamma, 1.0, 1.0])
+    for row, done in zip(sums, dones[..., None], strict=True):
         row += decays * start
-        start = row * goes_on
+        start = np.where(done, 0.0, row)
     return sums, start
 
 
@@ -363,28 +363,32 @@ def flatten_parameters(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------ the environments
 
 
-def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym.vector.VectorEnv:
     """Make one environment per seed. Replace this function to use a vector environment of your own.
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
     give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
-    learns), it receives actions as tensors. It is made again at each checkpoint and for the evaluation.
+    learns), it receives actions as tensors. It is made again at each checkpoint and, with the run folder as
+    eval_dir, for the evaluation.
     """
     # an id that was registered in this process may be unknown in workers, so they get its specification
     spec = gym.registry.get(args.env_id, args.env_id)
 
-    def make(index: int) -> gym.Env:
+    def make(i: int) -> gym.Env:
         for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
-            seed_generator(seeds[index])  # some environments use global generators
-        film = {"render_mode": "rgb_array"} if video_folder and index == 0 else {}
-        env = noted(index, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
-        env = gym.wrappers.TimeLimit(CheckedEnv(env, index), 30_000)
+            seed_generator(seeds[i])  # some environments use global generators
+        film = {"render_mode": "rgb_array"} if args.capture_video and eval_dir and i == 0 else {}
+        env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
+        # Not in the paper: the first episodes have different limits. Otherwise, all environments could be in
+        # the same part of their episodes, and a rollout shorter than an episode would contain only that part.
+        limit = env.spec.max_episode_steps if i and not eval_dir else None
+        env = CheckedEnv(env, i, limit - i * limit // len(seeds) if limit else 30_000)
         if film:
-            env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k == 0)
+            env = gym.wrappers.RecordVideo(env, str(eval_dir / "videos"), episode_trigger=lambda k: k == 0)
         space = env.observation_space
         dims = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
         require(dims != 3 or space.dtype != np.uint8, f"{args.env_id} has images; see ppo_discrete.py")
-        return env if dims == 1 else noted(index, gym.wrappers.FlattenObservation, env)  # Discrete: one-hot
+        return env if dims == 1 else noted(i, gym.wrappers.FlattenObservation, env)  # Discrete: one-hot
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [lambda index=index: make(index) for index in range(len(seeds))]
@@ -394,17 +398,20 @@ def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) ->
 class CheckedEnv(gym.Wrapper):
     """Check and copy what an environment returns; drop infos, which train() does not read."""
 
-    def __init__(self, env: gym.Env, index: int) -> None:
+    def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
-        self.index, self.space = index, env.observation_space
+        self.index, self.space, self.limit = index, env.observation_space, first_limit
 
     def reset(self, **options):
+        self.left, self.limit = self.limit, 30_000  # steps until the episode is truncated
         obs, _ = noted(self.index, self.env.reset, **options)
-        return noted(self.index, conform, obs, self.space), {}
+        return noted(self.index, conform, obs, self.space), {"shortened": True} if self.left < 30_000 else {}
 
     def step(self, action):
-        obs, reward, *ends, _ = noted(self.index, self.env.step, action)
-        return noted(self.index, conform, obs, self.space), noted(self.index, float, reward), *ends, {}
+        obs, reward, terminated, truncated, _ = noted(self.index, self.env.step, action)
+        obs, reward = noted(self.index, conform, obs, self.space), noted(self.index, float, reward)
+        self.left -= 1
+        return obs, reward, terminated, truncated or self.left <= 0, {}
 
 
 def noted(index: int, function: Callable, *inputs, **options) -> object:
@@ -506,8 +513,9 @@ def train(args: Args) -> list[float]:
             envs.close()
             seeds = [derive_seed(args.seed, iteration, RANK * num_envs + i) for i in range(num_envs)]
             envs = make_envs(args, seeds)
-            obs_now, _ = envs.reset(seed=seeds)
+            obs_now, info = envs.reset(seed=seeds)
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
+            running[info.get("shortened", []), 1:] = np.nan  # these will not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
         left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
         optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
@@ -516,8 +524,7 @@ def train(args: Args) -> list[float]:
         policy, final_obs = agent.acting_policy(like=obs_now), {}
         actions = as_type_of(obs_now, torch.randn(args.num_steps, num_envs, len(agent.log_std)))
         all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
-        outcomes = torch.zeros(3, args.num_steps, num_envs, dtype=torch.float64)
-        rewards, terminations, truncations = as_type_of(obs_now, outcomes)
+        rewards, terminations, truncations = as_type_of(obs_now, torch.zeros(3, *actions.shape[:2]).double())
         for t in range(args.num_steps):
             all_obs[t] = obs_now  # a copy, because an environment may write its next step to the same memory
             actions[t], env_action = policy(obs_now, noise=actions[t])  # until then, row t is its noise
@@ -531,7 +538,7 @@ def train(args: Args) -> list[float]:
         check_finite(step - args.batch_size + args.num_envs, reward=rewards.float())
         dones = terminations.bool() | truncations.bool()
         sums, running = running_sums(rewards.cpu().numpy(), dones.cpu().numpy(), args.gamma, running)
-        _, ended_returns, ended_lengths = sums[dones.cpu().numpy()].T
+        _, ended_returns, ended_lengths = sums[dones.cpu().numpy() & ~np.isnan(sums[..., 1])].T
         episode_returns += ended_returns.tolist()
 
         # 2. advantages and old log-probabilities, before any update: the ratios of the first minibatch are 1
@@ -569,7 +576,7 @@ def train(args: Args) -> list[float]:
         scalars["losses/explained_variance"] = explained_variance(values, returns)
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
-        if dones.any():
+        if len(ended_returns):
             scalars["charts/episodic_return"] = ended_returns.mean()
             scalars["charts/episodic_length"] = ended_lengths.mean()
             progress.set_postfix_str(f"return {np.mean(episode_returns[-20:]):.1f}")
@@ -591,7 +598,7 @@ def train(args: Args) -> list[float]:
 # ---------------------------------------------------------------------------------------- the utilities
 
 
-SCRIPT, FORMAT = "ppo_continuous", 4  # checkpoint header
+SCRIPT, FORMAT = "ppo_continuous", 5  # checkpoint header
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
 
@@ -621,7 +628,7 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, saved: dict[str, Tensor] 
     if saved:
         same = all(torch.equal(saved[name], getattr(agent, name)) for name in ("action_low", "action_high"))
         same = same and saved["obs_moments.mean"].shape == obs_space.shape
-        require(same, f"the saved agent was trained on other spaces than those of {args.env_id}")
+        require(same, f"the saved agent does not fit {args.env_id}")
         agent.load_state_dict(saved)
     return agent
 
@@ -635,7 +642,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     seeds = [derive_seed(args.seed, 0, i, 1) for i in range(num_envs)]  # not those of training
-    envs = make_envs(args, seeds, run_dir / "videos" if args.capture_video else None)
+    envs = make_envs(args, seeds, run_dir)
     obs, _ = envs.reset(seed=seeds)
     returns, (played, sums) = [], np.zeros((2, num_envs))
     while len(returns) < args.eval_episodes:
@@ -782,8 +789,7 @@ def main() -> None:
     except (UserError, gym.error.Error, ImportError, OSError) as error:
         if any(hasattr(x, "__notes__") for x in (error, *error.args)):  # AsyncVectorEnv wraps errors
             raise  # an error of an environment, with its traceback
-        hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
-        tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()

@@ -243,10 +243,10 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
     the length. Rewards and dones are (T, N). Sums restart at zero after a done; start (N, 3) precedes row 0.
     """
     sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
-    decays, alive = np.array([gamma, 1.0, 1.0]), ~dones[..., None]
-    for row, goes_on in zip(sums, alive, strict=True):
+    decays = np.array([gamma, 1.0, 1.0])
+    for row, done in zip(sums, dones[..., None], strict=True):
         row += decays * start
-        start = row * goes_on
+        start = np.where(done, 0.0, row)
     return sums, start
 
 
@@ -341,10 +341,10 @@ class Agent(nn.Module):
         self.register_buffer("action_start", action_start)
         # (C, A): a component with fewer than A choices uses the first ones
         self.register_buffer("choices", torch.arange(action_sizes.max()) < action_sizes.reshape(-1, 1))
-        self.shape, self.images, self.norm_obs = tuple(obs_shape), len(obs_shape) == 3, args.norm_obs
-        inputs, hidden = obs_shape[0], (64, 64)
+        self.shape, self.images = tuple(obs_shape), len(obs_shape) == 3
+        self.norm_obs = args.norm_obs and not self.images
+        inputs, hidden = (512, ()) if self.images else (obs_shape[0], (64, 64))
         if self.images:
-            inputs, hidden = 512, ()
             self.channels_last = obs_shape[-1] < obs_shape[0]
             channels_first = (obs_shape[-1], *obs_shape[:-1]) if self.channels_last else obs_shape
             self.trunk = nature_cnn_parameters(*channels_first)
@@ -355,8 +355,7 @@ class Agent(nn.Module):
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Convert raw observations (..., O) to inputs of features(). Images remain bytes."""
-        if self.norm_obs and not self.images:
-            obs = standardize(obs.double(), self.obs_moments.mean, self.obs_moments.var)
+        obs = standardize(obs.double(), self.obs_moments.mean, self.obs_moments.var) if self.norm_obs else obs
         return obs if self.images else obs.float()
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
@@ -432,31 +431,34 @@ def flatten_parameters(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------ the environments
 
 
-def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym.vector.VectorEnv:
     """Make one environment per seed. Replace this function to use a vector environment of your own.
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
     give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
-    learns), it receives actions as tensors. It is made again at each checkpoint and for the evaluation.
+    learns), it receives actions as tensors. It is made again at each checkpoint and, with the run folder as
+    eval_dir, for the evaluation.
     """
     if "ALE/" in args.env_id:
-        require(not args.async_envs and not video_folder, "Atari has no --async-envs and no --capture-video")
+        require(not (args.async_envs or args.capture_video), "no --async-envs or --capture-video for Atari")
         return AtariGames(args.env_id, len(seeds))
     # an id that was registered in this process may be unknown in workers, so they get its specification
     spec = gym.registry.get(args.env_id, args.env_id)
 
-    def make(index: int) -> gym.Env:
+    def make(i: int) -> gym.Env:
         for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
-            seed_generator(seeds[index])  # some environments use global generators
-        film = {"render_mode": "rgb_array"} if video_folder and index == 0 else {}
-        env = noted(index, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
-        env = gym.wrappers.TimeLimit(CheckedEnv(env, index), 30_000)
+            seed_generator(seeds[i])  # some environments use global generators
+        film = {"render_mode": "rgb_array"} if args.capture_video and eval_dir and i == 0 else {}
+        env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
+        # Not in the paper: the first episodes have different limits. Otherwise, all environments could be in
+        # the same part of their episodes, and a rollout shorter than an episode would contain only that part.
+        limit = env.spec.max_episode_steps if i and not eval_dir else None
+        env = CheckedEnv(env, i, limit - i * limit // len(seeds) if limit else 30_000)
         if film:
-            env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda k: k == 0)
+            env = gym.wrappers.RecordVideo(env, str(eval_dir / "videos"), episode_trigger=lambda k: k == 0)
         space = env.observation_space
-        dims = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
-        keep = dims == 1 or (dims == 3 and is_image(space))
-        return env if keep else noted(index, gym.wrappers.FlattenObservation, env)  # Discrete: one-hot
+        keep = isinstance(space, gym.spaces.Box) and (len(space.shape) == 1 or is_image(space))
+        return env if keep else noted(i, gym.wrappers.FlattenObservation, env)  # Discrete: one-hot
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [lambda index=index: make(index) for index in range(len(seeds))]
@@ -466,19 +468,21 @@ def make_envs(args: Args, seeds: list[int], video_folder: Path | None = None) ->
 class CheckedEnv(gym.Wrapper):
     """Check and copy what an environment returns; drop infos except the action mask."""
 
-    def __init__(self, env: gym.Env, index: int) -> None:
+    def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
-        self.index, self.space = index, env.observation_space
+        self.index, self.space, self.limit = index, env.observation_space, first_limit
         self.action_masks = getattr(env.unwrapped, "action_masks", lambda: None)
 
     def reset(self, **options):
-        obs, info = noted(self.index, self.env.reset, **options)
-        return noted(self.index, self.checked, obs, info)
+        self.left, self.limit = self.limit, 30_000  # steps until the episode is truncated
+        obs, info = noted(self.index, self.checked, *noted(self.index, self.env.reset, **options))
+        return obs, info | ({"shortened": True} if self.left < 30_000 else {})
 
     def step(self, action):
-        obs, reward, *ends, info = noted(self.index, self.env.step, action)
+        obs, reward, terminated, truncated, info = noted(self.index, self.env.step, action)
         obs, info = noted(self.index, self.checked, obs, info)
-        return obs, noted(self.index, float, reward), *ends, info
+        self.left -= 1
+        return obs, noted(self.index, float, reward), terminated, truncated or self.left <= 0, info
 
     def checked(self, obs, info) -> tuple[object, dict]:
         """Check an observation; find its action mask (A,) in info, in a Dict, or in env.action_masks()."""
@@ -549,9 +553,9 @@ class AtariGames(gym.vector.VectorWrapper):
         return {"action_mask": self.is_fire | (self.age >= 2)[:, None]} if self.is_fire.any() else {}
 
 
-def is_image(space: gym.Space) -> bool:
-    """Return whether a 3-dimensional Box has bytes, channels first or last, and at least 36 x 36 pixels."""
-    return space.dtype == np.uint8 and min(space.shape[1], max(space.shape[0], space.shape[2])) >= 36
+def is_image(space: gym.spaces.Box) -> bool:
+    """Return whether a Box has bytes, 3 dimensions, channels first or last, and at least 36 x 36 pixels."""
+    return space.dtype == np.uint8 and len(s := space.shape) == 3 and min(s[1], max(s[0], s[2])) >= 36
 
 
 def legal_choices(info: dict, choices: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -654,6 +658,7 @@ def train(args: Args) -> list[float]:
             obs_now, info = envs.reset(seed=seeds)
             choices = as_type_of(obs_now, agent.choices.expand(num_envs, -1, -1))
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
+            running[info.get("shortened", []), 1:] = np.nan  # these will not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
         left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
         clip_coef = torch.tensor(args.clip_coef * (left if args.anneal_clip else 1), device=device)
@@ -683,7 +688,7 @@ def train(args: Args) -> list[float]:
         check_finite(step - args.batch_size + args.num_envs, reward=rewards.float())
         dones, ended = terminations.bool() | truncations.bool(), ended.bool().cpu().numpy()
         sums, running = running_sums(rewards.cpu().numpy(), ended, args.gamma, running)
-        _, ended_returns, ended_lengths = sums[ended].T
+        _, ended_returns, ended_lengths = sums[ended & ~np.isnan(sums[..., 1])].T
         episode_returns += ended_returns.tolist()
 
         # 2. advantages and old log-probabilities, before any update: the ratios of the first minibatch are 1
@@ -725,7 +730,7 @@ def train(args: Args) -> list[float]:
         scalars["losses/explained_variance"] = explained_variance(values, returns)
         scalars["charts/learning_rate"] = learning_rate
         scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
-        if ended.any():
+        if len(ended_returns):
             scalars["charts/episodic_return"] = ended_returns.mean()
             scalars["charts/episodic_length"] = ended_lengths.mean()
             progress.set_postfix_str(f"return {np.mean(episode_returns[-20:]):.1f}")
@@ -747,7 +752,7 @@ def train(args: Args) -> list[float]:
 # ---------------------------------------------------------------------------------------- the utilities
 
 
-SCRIPT, FORMAT = "ppo_discrete", 3  # checkpoint header
+SCRIPT, FORMAT = "ppo_discrete", 4  # checkpoint header
 THREADS = torch.get_num_threads()  # before set_up_torch()
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
@@ -777,9 +782,8 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, saved: dict[str, Tensor] 
     agent = Agent(obs_space.shape, *action_layout(space), args)
     torch.set_num_threads(THREADS if agent.images else 1)  # convolutions are worth several threads
     if saved:
-        spaces = ("obs_shape", "action_sizes", "action_start")
-        same = all(torch.equal(saved[name], getattr(agent, name)) for name in spaces)
-        require(same, f"the saved agent was trained on other spaces than those of {args.env_id}")
+        for x in ("obs_shape", "action_sizes", "action_start"):
+            require(torch.equal(saved[x], getattr(agent, x)), f"the saved agent does not fit {args.env_id}")
         agent.load_state_dict(saved)
     return agent
 
@@ -793,7 +797,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
     """
     num_envs = max(n for n in range(1, 11) if args.eval_episodes % n == 0)
     seeds = [derive_seed(args.seed, 0, i, 1) for i in range(num_envs)]  # not those of training
-    envs = make_envs(args, seeds, run_dir / "videos" if args.capture_video else None)
+    envs = make_envs(args, seeds, run_dir)
     obs, info = envs.reset(seed=seeds)
     returns, (played, sums) = [], np.zeros((2, num_envs))
     while len(returns) < args.eval_episodes:
@@ -941,8 +945,7 @@ def main() -> None:
     except (UserError, gym.error.Error, ImportError, OSError) as error:
         if any(hasattr(x, "__notes__") for x in (error, *error.args)):  # AsyncVectorEnv wraps errors
             raise  # an error of an environment, with its traceback
-        hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
-        tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()

@@ -1580,8 +1580,7 @@ def main() -> None:
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, ImportError, OSError) as error:
-        hint = f" (pip install {error.name}?)" if getattr(error, "name", None) else ""
-        tqdm.write(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()

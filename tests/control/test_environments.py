@@ -60,9 +60,12 @@ class TestTransitions:
 
     def test_next_obs_is_the_true_successor_at_a_time_limit(self, ppo, run_dir, monkeypatch, async_envs):
         args = small(ppo, run_dir, env_id=probe(ppo, "TimedCounter"), **self.options(async_envs))
-        for rows in rollouts(ppo, monkeypatch, args):
+        for iteration, rows in enumerate(rollouts(ppo, monkeypatch, args)):
             assert (rows["next_values"] == rows["values"] + 1).all()
-            assert (rows["truncations"] == (rows["next_values"] == 3)).all()
+            ends = rows["next_values"] == 3
+            if iteration % 2 == 0:  # new environments: the limits of their first episodes are 3, 2 and 1
+                ends[1, 1] = ends[0, 2] = True
+            assert (rows["truncations"] == ends).all()
             assert not rows["terminations"].any()
 
 
@@ -81,6 +84,13 @@ class TestSegments:
         returns = ppo.train(small(ppo, run_dir, env_id=probe(ppo, "Counter")))
         # two environments with two segments of 128 steps each: 25 complete episodes of 1 + 2 + 3 + 4 + 5
         assert returns == [15.0] * 100
+
+    def test_shortened_first_episodes_are_in_no_statistic(self, ppo, run_dir):
+        args = small(ppo, run_dir, env_id=probe(ppo, "TimedCounter"), num_envs=3, total_timesteps=768)
+        returns = ppo.train(args)
+        # three environments with two segments of 128 steps each: 42 complete episodes of 1 + 2 + 3
+        assert returns == [6.0] * 252
+        assert ppo.evaluate(ppo.load_agent(run_dir), args, run_dir) == [6.0] * 2  # no episode is shortened
 
 
 @one_control
@@ -158,7 +168,7 @@ class TensorEnvs(gym.vector.VectorEnv):
 @each_kind
 def test_environments_that_speak_tensors_need_only_another_make_envs(ppo, run_dir, monkeypatch):
     space = action_space(ppo)
-    monkeypatch.setattr(ppo, "make_envs", lambda _, seeds, video_folder=None: TensorEnvs(len(seeds), space))
+    monkeypatch.setattr(ppo, "make_envs", lambda _, seeds, eval_dir=None: TensorEnvs(len(seeds), space))
     rows = rollouts(ppo, monkeypatch, small(ppo, run_dir, norm_obs=False, norm_reward=False))
     assert all((r["next_values"] == r["values"] + 1).all() for r in rows)
     assert ppo.load_checkpoint(run_dir)["episode_returns"] == [15.0] * 100
@@ -433,13 +443,13 @@ class TestAtari:
         assert returns == [45.0] * (2 * (256 // 9)) and evaluations == [[45.0, 45.0]]
         assert {length for _, length in curve(run_dir)["charts/episodic_length"]} == {9.0}
 
-    def test_without_ale_py_the_install_command_is_told(self, ppo, run_dir, monkeypatch, capsys):
+    def test_without_ale_py_one_line_names_it(self, ppo, run_dir, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "ale_py", None)
         monkeypatch.setattr(sys, "argv", ["x", "--env-id", "ALE/Breakout-v5", "--run-dir", str(run_dir)])
         with pytest.raises(SystemExit) as stop:
             ppo.main()
         assert stop.value.code == 2
-        assert "(pip install ale_py?)" in capsys.readouterr().err
+        assert "error: import of ale_py" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_breakout_itself(self, ppo, run_dir, monkeypatch):

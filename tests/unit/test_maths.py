@@ -399,6 +399,9 @@ def test_running_sums_by_hand(ppo):
     # sums restart after the done: discounted 1 + 5, 2 + 3, 3; return 1 + 20, 2 + 21, 3; length 5, 6, 1
     assert sums[:, 0].tolist() == [[6.0, 21.0, 5.0], [5.0, 23.0, 6.0], [3.0, 3.0, 1.0]]
     assert next_start.tolist() == [[3.0, 3.0, 1.0]]  # the last episode continues in the next rollout
+    start[:, 1:] = math.nan  # of an episode that does not count
+    sums, next_start = ppo.running_sums(rewards, dones, 0.5, start)
+    assert torch.as_tensor(sums)[:2, :, 1:].isnan().all() and next_start.tolist() == [[3.0, 3.0, 1.0]]
 
 
 @scripts_with("RunningMoments")
