@@ -466,7 +466,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
 
 class CheckedEnv(gym.Wrapper):
-    """Check and copy what an environment returns; drop infos except the action mask."""
+    """Check and copy what an environment returns, limit its episodes; drop infos except the action mask."""
 
     def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
@@ -658,7 +658,7 @@ def train(args: Args) -> list[float]:
             obs_now, info = envs.reset(seed=seeds)
             choices = as_type_of(obs_now, agent.choices.expand(num_envs, -1, -1))
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
-            running[info.get("shortened", []), 1:] = np.nan  # these will not count
+            running[info.get("shortened", []), 1:] = np.nan  # these episodes do not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
         left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
         clip_coef = torch.tensor(args.clip_coef * (left if args.anneal_clip else 1), device=device)

@@ -474,7 +474,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
 
 class CheckedEnv(gym.Wrapper):
-    """Check and copy what an environment returns; drop infos, which train() does not read."""
+    """Check and copy what an environment returns, limit its episodes; drop infos, which train() ignores."""
 
     def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
@@ -595,7 +595,7 @@ def train(args: Args) -> list[float]:
             envs = make_envs(args, seeds)
             obs_now, info = envs.reset(seed=seeds)
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
-            running[info.get("shortened", []), 1:] = np.nan  # these will not count
+            running[info.get("shortened", []), 1:] = np.nan  # these episodes do not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
         left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
         optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
