@@ -257,9 +257,8 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
     the length. Rewards and dones are (T, N). Sums restart at zero after a done; start (N, 3) precedes row 0.
     """
     sums = np.stack([rewards, rewards, np.ones_like(rewards)], axis=-1)
-    decays = np.array([gamma, 1.0, 1.0])
     for row, done in zip(sums, dones[..., None], strict=True):
-        row += decays * start
+        row += start * (gamma, 1.0, 1.0)
         start = np.where(done, 0.0, row)
     return sums, start
 
@@ -459,8 +458,9 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
         env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
         # Not in the paper: the first episodes have different limits. Otherwise, all environments could be in
         # the same part of their episodes, and a rollout shorter than an episode would contain only that part.
-        limit = env.spec.max_episode_steps if i and not eval_dir else None
-        env = CheckedEnv(env, i, limit - i * limit // len(seeds) if limit else 30_000)
+        limit = env.spec.max_episode_steps or 30_000
+        vary = i > 0 and not eval_dir and args.checkpoint_every * args.num_steps >= 2 * limit
+        env = CheckedEnv(env, i, limit - i * limit // len(seeds) if vary else 30_000)
         if film:
             env = gym.wrappers.RecordVideo(env, str(eval_dir / "videos"), episode_trigger=lambda k: k == 0)
         space = env.observation_space

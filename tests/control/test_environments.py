@@ -92,6 +92,16 @@ class TestSegments:
         assert returns == [6.0] * 252
         assert ppo.evaluate(ppo.load_agent(run_dir), args, run_dir) == [6.0] * 2  # no episode is shortened
 
+    @pytest.mark.parametrize(("num_steps", "episodes"), [(5, 2), (6, 3)])
+    def test_first_episodes_are_shortened_only_if_whole_ones_fit_behind_them(
+        self, ppo, run_dir, num_steps, episodes
+    ):
+        options = dict(num_steps=num_steps, total_timesteps=4 * num_steps, num_minibatches=2)
+        args = small(ppo, run_dir, env_id=probe(ppo, "TimedCounter"), checkpoint_every=1, **options)
+        returns = ppo.train(args)
+        # each of two restarts: episodes of 3 steps each in 5 steps; of 3 and 3 and of 2 and 3 in 6 steps
+        assert returns == [6.0] * (2 * episodes)
+
 
 @one_control
 def test_async_environments_give_the_same_results(ppo, tmp_path):

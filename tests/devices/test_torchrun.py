@@ -77,8 +77,7 @@ def test_processes_have_the_same_weights_and_the_first_one_writes(ppo, processes
     torchrun(processes, WORKER, ppo.__name__, tmp_path)
     checkpoint, points = ppo.load_checkpoint(tmp_path / "run"), curve(tmp_path / "run")
     returns = torch.load(tmp_path / "results.pt")["returns"]
-    assert returns == checkpoint["episode_returns"]
-    assert len(returns) >= 2  # in each iteration, the first environment ends an episode of 200 steps
+    assert returns == checkpoint["episode_returns"] and len(returns) >= 6 // processes
     assert checkpoint["agent"]["obs_moments.count"] == 2496  # rows of all processes
     assert [step for step, _ in points["losses/value_loss"]] == [1248, 2496]
     assert len(list((tmp_path / "run").glob("events*"))) == 1
