@@ -381,7 +381,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
         # Not in the paper: the first episodes have different limits. Otherwise, all environments could be in
         # the same part of their episodes, and a rollout shorter than an episode would contain only that part.
         limit = env.spec.max_episode_steps or 30_000
-        vary = i > 0 and not eval_dir and args.checkpoint_every * args.num_steps >= 2 * limit
+        vary = i > 0 and not eval_dir and (args.checkpoint_every or 0) * args.num_steps >= 2 * limit
         env = CheckedEnv(env, i, limit - i * limit // len(seeds) if vary else 30_000)
         if film:
             env = gym.wrappers.RecordVideo(env, str(eval_dir / "videos"), episode_trigger=lambda k: k == 0)

@@ -102,6 +102,11 @@ class TestSegments:
         # each of two restarts: episodes of 3 steps each in 5 steps; of 3 and 3 and of 2 and 3 in 6 steps
         assert returns == [6.0] * (2 * episodes)
 
+    def test_make_envs_works_without_a_run(self, ppo):
+        envs = ppo.make_envs(ppo.Args(env_id=probe(ppo, "TimedCounter")), [1, 2])
+        obs, info = envs.reset(seed=[1, 2])
+        assert obs.tolist() == [[0.0], [0.0]] and "shortened" not in info
+
 
 @one_control
 def test_async_environments_give_the_same_results(ppo, tmp_path):
