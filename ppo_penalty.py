@@ -300,7 +300,10 @@ class RunningMoments(nn.Module):
 
 
 def mlp(x, parameters, tanh=torch.tanh):
-    """Apply tanh layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays."""
+    """Apply tanh layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
+
+    acting_policy() passes the tanh of NumPy, so replace it there, too, for another activation.
+    """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
         x = tanh(x @ weight + bias)
@@ -456,8 +459,8 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
             seed_generator(seeds[i])  # some environments use global generators
         film = {"render_mode": "rgb_array"} if args.capture_video and eval_dir and i == 0 else {}
         env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
-        # Not in the paper: the first episodes have different limits. Otherwise, all environments could be in
-        # the same part of their episodes, and a rollout shorter than an episode would contain only that part.
+        # Not in the paper: the first time limits are staggered. Otherwise, all environments could be in the
+        # same part of their episodes, and a rollout shorter than an episode would contain only that part.
         limit = env.spec.max_episode_steps or 30_000
         vary = i > 0 and not eval_dir and (args.checkpoint_every or 0) * args.num_steps >= 2 * limit
         env = CheckedEnv(env, i, limit - i * limit // len(seeds) if vary else 30_000)

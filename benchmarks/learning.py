@@ -129,14 +129,10 @@ CAMPAIGNS = {
         Campaign(["ppo_continuous"], ["Pendulum-v1"], 5, 100_000),
         Campaign(["ppo_penalty"], ["Pendulum-v1", "CartPole-v1"], 5, 120_000),
         Campaign(["ppo_discrete"], ["CartPole-v1"], 5, 60_000),
-        Campaign(["ppo_discrete"], ["Acrobot-v1", "FrozenLake-v1"], 3, 100_000),
-        Campaign(["ppo_discrete"], ["LunarLander-v3", "MountainCar-v0", "Taxi-v4"], 3, 300_000),
-        Campaign(
-            ["ppo_continuous"],
-            ["LunarLanderContinuous-v3", "BipedalWalker-v3", "MountainCarContinuous-v0"],
-            3,
-            300_000,
-        ),
+        Campaign(["ppo_discrete"], ["Acrobot-v1", "FrozenLake-v1"], 5, 100_000),
+        Campaign(["ppo_discrete"], ["LunarLander-v3", "MountainCar-v0", "Taxi-v4"], 5, 300_000),
+        Campaign(["ppo_continuous"], ["BipedalWalker-v3", "MountainCarContinuous-v0"], 5, 300_000),
+        Campaign(["ppo_continuous"], ["LunarLanderContinuous-v3"], 10, 300_000),
         Campaign(["Atari, short"], ["ALE/Breakout-v5"], 1, 150_000),
     ],
     "mujoco": [

@@ -134,6 +134,18 @@ def side_by_side(variants: dict[str, str], tasks: list[str], name: str, worst: C
     return table(" | ".join(["task", *variants.values()]), rows)
 
 
+def limits() -> str:
+    """Return the evaluations of ppo_continuous beside those of an earlier version, for the same seeds."""
+    rows = []
+    for task in dict.fromkeys(row["task"] for row in read("same_limit")):
+        keys = [key for key in RUNS if key[:2] == ("ppo_continuous", task)]
+        before = {int(row["seed"]): row for row in read("same_limit") if row["task"] == task}
+        pairs = [(RUNS[key], before[key[2]]) for key in sorted(keys) if key[2] in before]
+        now, then = ([shown(float(pair[i]["evaluation"])) for pair in pairs] for i in (0, 1))
+        rows.append([task, "; ".join(now), "; ".join(then)])
+    return table("task | staggered time limits, seeds 1, 2, ... | the same time limit", rows)
+
+
 def table_1() -> str:
     """Return our Table 1 beside the paper's: 0 is the random policy, 1 the best run of the task."""
     scores = {variant: {} for variant in TABLE_1}
@@ -333,6 +345,7 @@ TABLES = {
     "penalty": lambda: evaluations("ppo_penalty"),
     "beside published": beside_published,
     "mujoco": mujoco,
+    "limits": limits,
     "penalty and clip": lambda: side_by_side(CLIP, MUJOCO, "evaluation", min),
     "table 1": table_1,
     "ancestors": lambda: side_by_side(PEERS, PAPER_TASKS, "last_100_episodes", min),
