@@ -112,11 +112,9 @@ def mujoco() -> str:
     rows = []
     for variant, task in keys + [key for key in longer if column(*key, "evaluation")]:
         values, training = (column(variant, task, x) for x in ("evaluation", "last_100_episodes"))
-        seeds = f" ({len(training)} of {len(values)} seeds)" if len(training) < len(values) else ""
-        last = shown(mean(training)) + seeds if training else "not recorded"
         cells = [shown(median(values)), interquartile_mean(values), shown(min(values)), shown(max(values))]
         name = task if variant == "ppo_continuous" else f"{task}, {variant}"
-        rows.append([name, len(values), last, *cells])
+        rows.append([name, len(values), shown(mean(training)), *cells])
     header = (
         "task | seeds | last 100 episodes of training | median | interquartile mean (95 %) | worst | best"
     )
