@@ -254,7 +254,7 @@ def set_up_worker() -> None:
 # ------------------------------------------------------------------------------------------ the report
 
 
-FORMS = {"PPO": np.log, BEST: lambda d: d}  # d (alpha - beta log d), d (alpha - beta d)
+FORMS = {"PPO": np.log, BEST: lambda d: d}  # d (a - b log d), d (a - b d)
 BANDS = (1, 2, 4, 8, 16, 32, 64, math.inf)  # nats
 
 
@@ -279,11 +279,11 @@ def points(way: str, pairs: int) -> list[np.ndarray]:
 
 
 def fit_form(d: np.ndarray, gain: np.ndarray, form: Callable) -> tuple[float, float, float]:
-    """Fit gain = d (alpha - beta form(d)) by least squares; return alpha, beta and the residual deviation."""
+    """Fit gain = d (a - b form(d)) by least squares; return a, b and the residual deviation."""
     columns = np.stack((d, -d * form(d)), 1)
-    (alpha, beta), *_ = np.linalg.lstsq(columns, gain)
-    rest = gain - columns @ (alpha, beta)
-    return alpha, beta, np.sqrt((rest**2).sum() / (len(d) - 2))
+    (a, b), *_ = np.linalg.lstsq(columns, gain)
+    rest = gain - columns @ (a, b)
+    return a, b, np.sqrt((rest**2).sum() / (len(d) - 2))
 
 
 def fit_gold(rows: np.ndarray) -> dict[str, tuple[float, float, float]]:
@@ -330,18 +330,8 @@ def report() -> list[str]:
         together = fit_gold(np.concatenate(points(way, pairs)))[form]
         alone = [(found[form][2], found[other][2]) for found in map(fit_gold, points(way, pairs))]
         rows.append([f"{pairs:,}", way, *(f"{x:.2f}" for x in together), *np.transpose(alone)])
-    title = (
-        "Gold as d (alpha - beta d) for best of n and as d (alpha - beta log d) for PPO; deviations from it"
-    )
-    columns = [
-        "choices",
-        "way",
-        "alpha",
-        "beta",
-        "deviation, one fit",
-        "a fit for each seed",
-        "by the other form",
-    ]
+    title = "Gold as d (a - b d) for best of n and as d (a - b log d) for PPO; deviations from it"
+    columns = ["choices", "way", "a", "b", "deviation, one fit", "a fit for each seed", "by the other form"]
     lines += table(title, columns, rows)
 
     wanted = [*itertools.product(PAIRS, PENALTIES), *itertools.product(PAIRS[-1:], SLOW)]
@@ -393,9 +383,9 @@ def draw() -> None:
                     panel.plot(np.sqrt(kl), gold, color=color, linewidth=1)
         for panel, way, form in ((far, NO_PENALTY, "PPO"), (best, BEST, BEST)):
             rows = np.concatenate(points(way, pairs))
-            alpha, beta, _ = fit_gold(rows)[form]
+            a, b, _ = fit_gold(rows)[form]
             d = np.linspace(0.01, np.sqrt(rows[:, 0].max()), 200)
-            panel.plot(d, d * (alpha - beta * FORMS[form](d)), color="black", linewidth=1, zorder=0)
+            panel.plot(d, d * (a - b * FORMS[form](d)), color="black", linewidth=1, zorder=0)
         for panel in (far, best, near):
             panel.grid(alpha=0.3)
     near.set(xlim=(0, 4), ylim=(-1, 2))
