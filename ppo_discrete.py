@@ -288,7 +288,7 @@ class RunningMoments(nn.Module):
 def mlp(x, parameters, tanh=torch.tanh):
     """Apply tanh layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
 
-    acting_policy() passes the tanh of NumPy, so replace it there, too, for another activation.
+    To use another activation, also replace xp.tanh in acting_policy().
     """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
