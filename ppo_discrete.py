@@ -56,7 +56,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam (alpha); with lr_kl_target, its upper limit"""
     lr_kl_target: float | None = 0.03
-    """KL of a minibatch, in nats, to which the learning rate is adapted (None or 0: not adapted)"""
+    """target for the KL of a minibatch, in nats; the learning rate adapts to it (None: it does not)"""
     num_envs: int = 8
     """number of parallel environments (N), summed over all processes"""
     num_steps: int = 256
@@ -98,7 +98,7 @@ class Args:
     cuda: bool = False
     """learn on the GPU (small networks may be faster on the CPU)"""
     compile: bool = False
-    """compile the learning step: slower to start, then faster"""
+    """compile the learning step: slower to start, then faster (needs torch 2.13 and a C++ compiler)"""
     async_envs: bool = False
     """run each environment in its own process: faster if a step is slow"""
     run_dir: str | None = None
@@ -127,7 +127,7 @@ class Args:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self) -> None:
-        zero = {"gamma", "gae_lambda", "lr_kl_target", "ent_coef", "vf_coef", "seed"}
+        zero = {"gamma", "gae_lambda", "ent_coef", "vf_coef", "seed"}
         for name, x in vars(self).items():  # none may be negative, few may be zero
             if isinstance(x, (int, float)) and not isinstance(x, bool):
                 require(x > 0 or (x == 0 and name in zero), f"{name} cannot be {x}")
@@ -147,13 +147,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns = targets of V).
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
-    where V(successor) estimates the rest, too.
+    next row belongs to another episode, so the sum ends. The sum also ends with row T - 1, the end of the
+    rollout: V(successor) estimates the rest.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -219,8 +219,8 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def follow_kl(learning_rate: Tensor, kl: Tensor, kl_target: float, max_lr: float) -> Tensor:
     """Divide the learning rate by 1.5 if kl > 2 * kl_target, multiply it by 1.5 if kl < kl_target / 2.
 
-    The result lies in [1e-5, max_lr]; an infinite kl_target lets it rise to max_lr. KL in nats. In Table 4 of
-    the paper the step size also follows the KL; this rule is from RSL-RL.
+    The result is at least 1e-5 and at most max_lr, which has priority; an infinite kl_target lets it rise to
+    max_lr. KL in nats. In Table 4 of the paper the step size also follows the KL; this rule is from RSL-RL.
     """
     change = (kl < kl_target / 2).float() - (kl > 2 * kl_target).float()  # 1, 0 or -1
     return (learning_rate * 1.5**change).clamp(1e-5, max_lr)
@@ -285,14 +285,14 @@ class RunningMoments(nn.Module):
         self.mean.lerp_(mean, weight)
 
 
-def mlp(x, parameters, tanh=torch.tanh):
-    """Apply tanh layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
+def mlp(x, parameters, activation=torch.tanh):
+    """Apply hidden layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
 
-    To use another activation, also replace xp.tanh in acting_policy().
+    To use another activation than tanh, change this default and xp.tanh in acting_policy().
     """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
-        x = tanh(x @ weight + bias)
+        x = activation(x @ weight + bias)
     return x @ last_weight + last_bias
 
 
@@ -454,7 +454,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
         env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
         # Not in the paper: the first time limits are staggered. Otherwise, all environments could be in the
         # same part of their episodes, and a rollout shorter than an episode would contain only that part.
-        limit = env.spec.max_episode_steps or 30_000
+        limit = min(env.spec.max_episode_steps or 30_000, 30_000)
         vary = i > 0 and not eval_dir and (args.checkpoint_every or 0) * args.num_steps >= 2 * limit
         env = CheckedEnv(env, i, limit - i * limit // len(seeds) if vary else 30_000)
         if film:
@@ -469,7 +469,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
 
 class CheckedEnv(gym.Wrapper):
-    """Check and copy what an environment returns, limit its episodes; drop infos except the action mask."""
+    """Check and copy what an environment returns, and limit its episodes. Keep only action masks of infos."""
 
     def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
@@ -564,8 +564,8 @@ def is_image(space: gym.spaces.Box) -> bool:
 def legal_choices(info: dict, choices: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Restrict choices (..., C, A), bool, to those that info["action_mask"] (..., A) allows.
 
-    Without a mask, or where info["_action_mask"] (N,) is False, all choices are legal. The mask belongs to
-    the observations that it came with.
+    Without a mask, or where info["_action_mask"] (N,) is False, all choices are legal. In the step that ends
+    an episode, the mask is that of the first observation of the next one.
     """
     if "action_mask" not in info:
         return choices
@@ -671,7 +671,7 @@ def train(args: Args) -> list[float]:
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
         policy, final_obs = agent.acting_policy(like=obs_now), {}
         noise = as_type_of(obs_now, gumbel_noise(args.num_steps, num_envs, *agent.choices.shape))
-        legal, actions = noise > 0, as_type_of(obs_now, torch.zeros(noise.shape[:-1], dtype=torch.int64))
+        legal, actions = noise > 0, noise.argmax(-1)  # (T, N, C, A) and (T, N, C), filled by the loop
         all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
         outcomes = torch.zeros(4, args.num_steps, num_envs, dtype=torch.float64)
         rewards, terminations, truncations, ended = as_type_of(obs_now, outcomes)
@@ -680,7 +680,7 @@ def train(args: Args) -> list[float]:
             legal[t] = legal_choices(info, choices)
             actions[t], env_action = policy(obs_now, noise[t], legal[t])
             obs_now, rewards[t], terminations[t], truncations[t], info = envs.step(env_action)
-            ended[t] = info.get("game_over", terminations[t] + truncations[t])  # Atari: after several lives
+            ended[t] = info.get("game_over", terminations[t] + truncations[t])  # Atari: after the last life
             if "final_obs" in info:  # an episode ended here: obs_now is the first observation of the next one
                 final_obs[t] = copy.deepcopy(info["final_obs"])
         all_obs[-1] = obs_now
@@ -702,7 +702,7 @@ def train(args: Args) -> list[float]:
                 agent.return_moments.update(torch.as_tensor(sums[..., :1], device=device).flatten(0, 1))
                 rewards = agent.normalize_rewards(rewards)
             obs = agent.normalize_obs(raw_obs)  # (T + 1, N, ...)
-            features = torch.cat([agent.features(x) for x in obs.split(16)])  # images are large as floats
+            features = torch.cat([agent.features(x) for x in obs.split(16)])  # in parts, to save memory
             values = agent.value(features)
             values, next_values = values[:-1], values[1:].clone()
             if dones.any():  # row t + 1 belongs to the next episode
@@ -724,7 +724,7 @@ def train(args: Args) -> list[float]:
             if args.target_kl is not None and kl > args.target_kl:
                 break
             optimizer.step()
-        if not agent.images:  # last, because the networks must learn from the inputs that the policy saw
+        if not agent.images:  # after normalize_obs(), which must use the statistics that the policy used
             agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
 
         # 4. log: means over all minibatches of the iteration
@@ -757,6 +757,7 @@ def train(args: Args) -> list[float]:
 
 SCRIPT, FORMAT = "ppo_discrete", 4  # checkpoint header
 THREADS = torch.get_num_threads()  # before set_up_torch()
+# options that may change when a run is resumed or evaluated
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
 

@@ -95,7 +95,7 @@ class Args:
     cuda: bool = False
     """learn on the GPU (small networks may be faster on the CPU)"""
     compile: bool = False
-    """compile the learning step: slower to start, then faster"""
+    """compile the learning step: slower to start, then faster (needs torch 2.13 and a C++ compiler)"""
     async_envs: bool = False
     """run each environment in its own process: faster if a step is slow"""
     run_dir: str | None = None
@@ -144,13 +144,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns = targets of V).
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
-    where V(successor) estimates the rest, too.
+    next row belongs to another episode, so the sum ends. The sum also ends with row T - 1, the end of the
+    rollout: V(successor) estimates the rest.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -299,14 +299,14 @@ class RunningMoments(nn.Module):
         self.mean.lerp_(mean, weight)
 
 
-def mlp(x, parameters, tanh=torch.tanh):
-    """Apply tanh layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
+def mlp(x, parameters, activation=torch.tanh):
+    """Apply hidden layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
 
-    To use another activation, also replace xp.tanh in acting_policy().
+    To use another activation than tanh, change this default and xp.tanh in acting_policy().
     """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
-        x = tanh(x @ weight + bias)
+        x = activation(x @ weight + bias)
     return x @ last_weight + last_bias
 
 
@@ -329,7 +329,7 @@ def standardize(obs, mean, var):
 
 
 class Gaussian:
-    """Continuous actions. The parameters of the distribution are (mean, log_std), (..., A) each."""
+    """Functions for continuous actions. A distribution is (mean, log_std), (..., A) each."""
 
     logprobs, kl, noise = gaussian_logprobs, gaussian_kl, torch.randn
 
@@ -350,7 +350,7 @@ class Gaussian:
 
 
 class Categorical:
-    """Discrete actions. The parameters are the log-probabilities of A choices, (..., 1, A)."""
+    """Functions for discrete actions. A distribution is (log-probabilities of A choices,), (..., 1, A)."""
 
     logprobs, entropy, kl, noise = categorical_logprobs, categorical_entropy, categorical_kl, gumbel_noise
 
@@ -461,7 +461,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
         env = noted(i, gym.make, spec, disable_env_checker=True, **film)  # CheckedEnv checks
         # Not in the paper: the first time limits are staggered. Otherwise, all environments could be in the
         # same part of their episodes, and a rollout shorter than an episode would contain only that part.
-        limit = env.spec.max_episode_steps or 30_000
+        limit = min(env.spec.max_episode_steps or 30_000, 30_000)
         vary = i > 0 and not eval_dir and (args.checkpoint_every or 0) * args.num_steps >= 2 * limit
         env = CheckedEnv(env, i, limit - i * limit // len(seeds) if vary else 30_000)
         if film:
@@ -477,7 +477,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
 
 class CheckedEnv(gym.Wrapper):
-    """Check and copy what an environment returns, limit its episodes; drop infos, which train() ignores."""
+    """Check and copy what an environment returns, and limit its episodes. Drop its infos."""
 
     def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
@@ -653,22 +653,22 @@ def train(args: Args) -> list[float]:
             if args.target_kl is not None and kl > args.target_kl:
                 break
             optimizer.step()
-        # updated last, because the networks must learn from the inputs that the acting policy saw
+        # after normalize_obs(), which must use the statistics that the acting policy used
         agent.obs_moments.update(raw_obs[:-1].flatten(0, 1))
 
         with torch.no_grad():  # over all rows: how far this iteration has moved the policy
-            kl = average(agent.kind.kl(*old_policy, *agent.policy(obs[:-1])).mean())
+            exact_kl = average(agent.kind.kl(*old_policy, *agent.policy(obs[:-1])).mean())
 
-        # 4. log: means over all minibatches of the iteration; kl over all rows, after the last minibatch
+        # 4. log: means over all minibatches of the iteration; exact_kl over all rows, after the last
         scalars = {f"losses/{x}": y for x, y in zip(METRICS, torch.stack(metrics).mean(0), strict=True)}
-        scalars["losses/kl"] = kl
+        scalars["losses/kl"] = exact_kl
         check_finite(step, **scalars, obs_var=agent.obs_moments.var)
         scalars["losses/explained_variance"] = explained_variance(values, returns)
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = args.batch_size / (time.perf_counter() - started)
         scalars["charts/kl_coef"] = kl_coef
         if args.kl_target is not None:  # the new coefficient is for the next iteration
-            kl_coef = update_kl_coef(kl_coef, kl.item(), args.kl_target)
+            kl_coef = update_kl_coef(kl_coef, exact_kl.item(), args.kl_target)
         if len(ended_returns):
             scalars["charts/episodic_return"] = ended_returns.mean()
             scalars["charts/episodic_length"] = ended_lengths.mean()
@@ -692,6 +692,7 @@ def train(args: Args) -> list[float]:
 
 
 SCRIPT, FORMAT = "ppo_penalty", 5  # checkpoint header
+# options that may change when a run is resumed or evaluated
 FREE = {"resume", "evaluate", "total_timesteps", "eval_episodes", "capture_video", "async_envs", "track"}
 
 

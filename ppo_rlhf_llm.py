@@ -6,7 +6,7 @@
 # ///
 """Reinforcement learning from human feedback (RLHF) with PPO, in one file.
 
-    python ppo_rlhf_llm.py                                 all three stages, on two CPU cores
+    python ppo_rlhf_llm.py                                 all three stages, two to three minutes
     tensorboard --logdir runs                              show the curves and answers
     torchrun --nproc-per-node=2 ppo_rlhf_llm.py            train in two processes
     python ppo_rlhf_llm.py --resume runs/NAME              continue a run exactly
@@ -55,7 +55,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -147,7 +146,7 @@ class Args:
     preference_data: str | None = None
     """JSONL file for stage 2: chosen and rejected, with or without a prompt"""
     prompt_data: str | None = None
-    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: other files)"""
+    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: all files)"""
     ptx_data: str | None = None
     """JSONL file for --ptx-coef, as --sft-data (None: the texts of stage 1)"""
     layers: int = 2
@@ -189,7 +188,7 @@ class Args:
     evaluate: str | None = None
     """run folder whose policy to evaluate, without training"""
     generate: str | None = None
-    """with --evaluate: a prompt to answer (with the markers of a chat template), instead of the evaluation"""
+    """with --evaluate: a prompt to answer (with the markers of a chat template); nothing is evaluated"""
 
     @property
     def minibatch_size(self) -> int:
@@ -202,13 +201,13 @@ class Args:
     def __post_init__(self) -> None:
         lambdas = ("gamma", "gae_lambda", "critic_lambda")
         zero = {"critic_warmup", "vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed", *lambdas}
-        for name, x in vars(self).items():  # no number is negative, few are zero, and torch counts in 64 bits
+        for name, x in vars(self).items():  # numbers are positive, a few may be 0, and all fit into 64 bits
             if isinstance(x, (int, float)) and not isinstance(x, bool):
                 require(0 < x < 2**63 or x == math.inf or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
         saved = self.resume or self.evaluate
         rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
-        require(2 <= self.eval_prompts <= HELD_OUT, f"eval_prompts must lie between 2 and {HELD_OUT}")
+        require(self.eval_prompts <= HELD_OUT, f"eval_prompts must be at most {HELD_OUT}")
         require(saved or share > 1, f"advantages of {share} answer have no standard deviation")
         require(rows % parts == 0, f"batch_size {rows} is not divisible by num_minibatches {parts}")
         require(saved or self.minibatch_size % WORLD_SIZE == 0, "the processes do not divide a minibatch")
@@ -231,13 +230,13 @@ class Args:
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda) -> tuple:
-    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns), the targets of V.
+    """Compute generalised advantage estimates (PPO eq. 11-12) -> (advantages, returns = targets of V).
 
     All tensors are (T, N); ends of episodes are bool or 0/1. Row t is transition t, and next_values[t] is V
     of its successor. After a termination there is no future, so nothing is bootstrapped. After a truncation,
     such as a time limit, the episode could have continued: V(successor) estimates the rest. In both cases the
-    next row belongs to another episode, so the sum ends. It also ends with row T - 1, the end of the rollout,
-    where V(successor) estimates the rest, too.
+    next row belongs to another episode, so the sum ends. The sum also ends with row T - 1, the end of the
+    rollout: V(successor) estimates the rest.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values  # eq. 12
@@ -320,13 +319,13 @@ def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, episodes: int, ho
     return min(max(kl_coef * (1 + error * episodes / horizon), 1e-6), 1e6)
 
 
-def action_weights(mask: Tensor, average: str) -> Tensor:
+def action_weights(mask: Tensor, loss_average: str) -> Tensor:
     """Return the weights of a masked mean, which sum to 1. mask (B, L) -> (B, L).
 
     "token": the same weight for all tokens; "answer": the same for all answers, 1/|y| for their tokens.
     """
     lengths = mask.sum(1, keepdim=True)
-    return mask / (mask.sum() if average == "token" else lengths * len(mask))
+    return mask / (mask.sum() if loss_average == "token" else lengths * len(mask))
 
 
 def per_action(x: Tensor, mask: Tensor, action_level: str) -> Tensor:
@@ -522,7 +521,7 @@ def load_score_function(args: Args) -> Callable:
     return score_texts
 
 
-def call(function: Callable, *inputs: Any, **named: Any) -> Any:
+def call(function: Callable, /, *inputs: Any, **named: Any) -> Any:
     """Call a model or function with inputs and with the named ones it accepts: Bloom has no position_ids."""
     accepted = list(inspect.signature(getattr(function, "forward", function)).parameters)[len(inputs) :]
     return function(*inputs, **{name: named[name] for name in accepted if name in named})
@@ -626,7 +625,7 @@ WORDS = {*re.findall("[a-z]+", PHRASES), *ITEMS, *(item + "s" for item in ITEMS)
 
 
 class Prompt(NamedTuple):
-    """A prompt: its text for reward functions, its tokens for the models, and the keys of its line."""
+    """A prompt: its text for reward functions, its tokens for the models, and the JSON object of its line."""
 
     text: str
     ids: list[int]
@@ -643,7 +642,7 @@ class Data:
 
     texts: list[tuple[Prompt, list[int]]]  # for stage 1
     prompts: list[Prompt]  # for stages 2 and 3
-    held_out_texts: list[tuple[Prompt, list[int]]]  # for evaluations, as the other held-out rows
+    held_out_texts: list[tuple[Prompt, list[int]]]  # not learned from, like the other held-out rows
     held_out_prompts: list[Prompt]
     labeller: Callable[[str, str], float] | None = None  # (prompt, answer) -> score ("gold"); None: pairs
     pairs: Sequence[tuple[Prompt, list[int], list[int]]] = ()
@@ -685,7 +684,7 @@ def gold_score(prompt: str, answer: str) -> float:
     """Score an answer: for apologies, help, the item and thanks; against rudeness and length."""
     words = re.findall("[a-z]+", answer.lower())
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+", answer)]
-    item = next((item for item in ITEMS if item in prompt), "it")
+    item = next((item for item in ITEMS if item in prompt), "")
     helps = next((remedy for problem, remedy in PROBLEMS.items() if problem in prompt), "")
     offers = [remedy for remedy in REMEDIES if remedy in words]
     score = 1.5 * (item in words) + 2.0 * bool(offers) + 1.5 * (helps in offers) + 1.0 * ("thank" in words)
@@ -764,7 +763,8 @@ def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
     An answer ends with its first end token; an empty answer is this token alone. A rendered prompt contains
-    its special tokens. Raises UserError if prompt and answer together are empty or too long.
+    its special tokens. Raises UserError if the prompt is empty (with one answer: if both are), or if they are
+    too long together.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
     ids = tokenize(tokenizer, prompt, not rendered)
@@ -785,8 +785,8 @@ def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict
 def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
     """Read a file with a JSON object in each line -> rows as encode() returns them. kind is a key of FORMS.
 
-    Lines that are too long or have an empty prompt or a system message are skipped with a message. Raises
-    UserError for a line in none of the FORMS.
+    Lines that are too long, or have an empty prompt, a system or history key, or an answer of several turns,
+    are skipped with a message. Raises UserError for a line in none of the FORMS.
     """
     data, rows, skipped = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf"), [], []
     for number, line in ((n, x) for n, x in enumerate(data.splitlines(), 1) if x.strip()):
@@ -927,8 +927,8 @@ def token_terms(models: Models, tokens, states, ref_states=None, temperature=1.0
     """Compute log-probabilities of tokens by the actor and by the reference, and the exact KL between them.
 
     tokens (B, L); states (B, L, D) precede them; results (B, L), in nats. Without ref_states the actor is its
-    own reference. Logits exist for one chunk at a time and are computed again for the gradient: with a large
-    vocabulary (Bloom: 250,880), those of a whole batch would need more memory than the model.
+    own reference. With a large vocabulary (Bloom: 250,880), the logits of a whole batch would need more
+    memory than the model: they are computed in chunks, and each chunk again for the gradient.
     """
 
     def function(tokens: Tensor, states: Tensor, ref_states: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -1069,7 +1069,7 @@ def fit(models: Models, model, loss_sum: Callable, rows: list, stage: str, write
     progress = tqdm(parts, stage, math.ceil(len(rows) / args.minibatch_size) * epochs, disable=RANK > 0)
     for (mb,) in progress:
         optimizer.param_groups[0]["lr"] = rate * (1 - seen / (epochs * len(rows)))
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)  # a process without rows must average its zeros, too
         loss = accumulate(models, loss_sum, [rows[i] for i in mb.tolist()[RANK::WORLD_SIZE]])
         clip_gradient(model, args.max_grad_norm)
         optimizer.step()
@@ -1134,6 +1134,7 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
         accuracy = ((scores[0] - scores[1]).sign() + 1).mean().item() / 2  # a tie counts half
         writer.add_scalar("reward_model/accuracy", accuracy, step)
         print(f"reward model: agrees with {accuracy:.1%} of {len(held_out)} choices{ceiling}")
+    # held-out prompts first, because the reward model has not learned from them
     normalize_scores(models, data.held_out_prompts + data.prompts)
     if models.reward is not None:
         models.critic.load_state_dict(models.reward.state_dict())
@@ -1259,7 +1260,7 @@ def train(args: Args) -> list[dict[str, float]]:
 
         # 2. advantages: rewards of actions (tokens or whole answers), then GAE. Nothing follows the last
         # action, whether the answer is finished or not: it is a termination.
-        in_reward, in_loss = (kl_coef if args.kl_in == place else 0.0 for place in ("reward", "loss"))
+        in_reward, in_loss = (kl_coef, 0.0) if args.kl_in == "reward" else (0.0, kl_coef)
         at_last = -args.eos_penalty * (~finished).float() + (0.0 if args.dense_reward else scores)
         rewards = token_rewards(at_last, logprobs, ref_logprobs, mask, in_reward)
         if args.dense_reward:
@@ -1335,7 +1336,7 @@ def train(args: Args) -> list[dict[str, float]]:
             writer.add_scalar(tag, value, step)
         progress.set_postfix_str(f"score {scores.mean():.2f}, KL {answer_kl:.1f}, {speed:.0f} tokens/s")
         if args.eval_every and (iteration + 1) % args.eval_every == 0 and RANK == 0:
-            best = max((row.get("eval/win_rate", 0.0) for row in history), default=0.0)
+            best = max(row.get("eval/win_rate", 0.0) for row in history)
             history[-1] |= evaluate(models, data, writer, step)
             if history[-1]["eval/win_rate"] > best:
                 save_policy(models, run_dir / "best_policy")
@@ -1431,7 +1432,7 @@ def evaluate(models: Models, data: Data, writer=None, step: int = 0) -> dict[str
     return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 
-def answer(args: Args) -> None:
+def evaluate_run(args: Args) -> None:
     """Evaluate the saved policy, or answer --generate with it and with the SFT model."""
     _, state = open_run(args)
     require(state["stage"] == 2, f"stage 3 has not begun; --resume {args.evaluate} continues the run")
@@ -1442,17 +1443,18 @@ def answer(args: Args) -> None:
         require(state["data"] == data.digest(), f"the data have changed since {args.evaluate} was started")
         evaluate(models, data)
         return
+    from_files = args.sft_data or args.preference_data or args.prompt_data
     # prompts of the built-in data end with a line break
-    (prompt,) = encode(models, args.generate + "\n" * (not (args.model or args.sft_data)))
+    (prompt,) = encode(models, args.generate + "\n" * (not from_files))
     for name, model in (("before", models.reference), ("after", models.actor)):
         answers, _ = generate(models, model, [prompt])
         print(f"{name}: {decode(models, answers)[0]!r}")
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Return the device to learn on, after selecting deterministic algorithms."""
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
+    """Start the processes of torch, choose deterministic kernels, and return the device to learn on."""
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
     if RANK > 0:  # only process 0 prints
         sys.stdout = None
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
@@ -1466,7 +1468,7 @@ def set_up_torch(args: Args) -> torch.device:
 def open_run(args: Args) -> tuple[Path, dict]:
     """Return the run folder and its checkpoint, which is empty for a new run.
 
-    Raises UserError for options that a saved run cannot change, or if the folder is in use.
+    Raises UserError for options that a saved run cannot change, or if a new run's folder contains a run.
     """
     run_dir = Path(args.resume or args.evaluate or args.run_dir or new_run_dir(args))
     if args.resume or args.evaluate:
@@ -1538,7 +1540,7 @@ def save_checkpoint(run_dir, args, models, writer, history, data, optimizer, sta
 
 
 def save_policy(models: Models, folder: Path) -> None:
-    """Save the actor and its tokenizer for transformers; of the built-in GPT the weights."""
+    """Save the actor and its tokenizer for transformers, or the weights of the built-in GPT."""
     folder.mkdir(exist_ok=True)
     if models.args.model:
         (merge_adapters(models.actor) if models.args.lora_rank else models.actor).save_pretrained(folder)
@@ -1571,20 +1573,21 @@ def parse_args() -> Args:
 
 def main() -> None:
     """Run the command line. Report user errors without a traceback, with exit code 2."""
+    args = None
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show all characters
         args = parse_args()
-        (answer if args.evaluate else train)(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        (evaluate_run if args.evaluate else train)(args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if RANK > 0:
             os._exit(0)  # because threads of gloo can abort a process that ends normally
     except (UserError, ImportError, OSError) as error:
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        can_resume = not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()
-        sys.exit("stopped" + (f"; use --resume {args.resume or args.run_dir}" if can_resume else ""))
+        saved = args and not args.evaluate and Path(args.resume or args.run_dir, "checkpoint.pt").exists()
+        sys.exit("stopped" + (f"; use --resume {args.resume or args.run_dir}" if saved else ""))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ class Options:
     processes: int = 1
     """runs at the same time"""
     quick: bool = False
-    """run the first 10,240 steps of a variant and task of each campaign; record nothing"""
+    """run the first 8,192 steps of a variant and task of each campaign; record nothing"""
 
 
 def read_runs(path: Path = RESULTS / "learning.csv") -> dict[tuple[str, str, int], dict[str, str]]:

@@ -102,6 +102,13 @@ class TestSegments:
         # each of two restarts: episodes of 3 steps each in 5 steps; of 3 and 3 and of 2 and 3 in 6 steps
         assert returns == [6.0] * (2 * episodes)
 
+    def test_first_limits_differ_where_episodes_are_longer_than_30_000_steps(self, ppo, run_dir, monkeypatch):
+        options = dict(num_steps=100, num_envs=1, total_timesteps=400, checkpoint_every=1000)
+        args = small(ppo, run_dir, env_id=probe(ppo, "TimedCounter"), **options)
+        monkeypatch.setattr(gym.registry[args.env_id], "max_episode_steps", 40_000)
+        limits = [env.get_wrapper_attr("limit") for env in ppo.make_envs(args, [1, 2, 3]).envs]
+        assert limits == [30_000, 20_000, 10_000]
+
     def test_make_envs_works_without_a_run(self, ppo):
         envs = ppo.make_envs(ppo.Args(env_id=probe(ppo, "TimedCounter")), [1, 2])
         obs, info = envs.reset(seed=[1, 2])

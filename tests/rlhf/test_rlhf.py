@@ -612,7 +612,7 @@ class TestCommandLine:
             ("--kl-target 0", "kl_target cannot be 0.0"),
             ("--learning-rate nan", "learning_rate cannot be nan"),
             (f"--micro-batch-size {2**63}", f"micro_batch_size cannot be {2**63}"),
-            ("--eval-prompts 201", "eval_prompts must lie between 2 and 200"),
+            ("--eval-prompts 201", "eval_prompts must be at most 200"),
             ("--context 60", "--context is 60"),
             ("--resume nowhere", "nowhere/checkpoint.pt is missing"),
             ("--generate hello", "--generate needs --evaluate runs/NAME"),
@@ -636,6 +636,10 @@ class TestCommandLine:
             with pytest.raises(SystemExit) as stop:
                 rlhf.main()
             assert stop.value.code == "stopped"
+        monkeypatch.setattr(rlhf, "parse_args", interrupted)  # it loads a whole checkpoint
+        with pytest.raises(SystemExit) as stop:
+            rlhf.main()
+        assert stop.value.code == "stopped"
 
     def test_cuda_without_a_gpu_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

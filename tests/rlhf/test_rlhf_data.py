@@ -260,7 +260,9 @@ class TestRewardFunctions:
 
         monkeypatch.setattr(sys.modules[__name__], "exact", exact, raising=False)
         monkeypatch.setitem(sys.modules, "taste", sys.modules[__name__])
-        lines = [{"messages": [user(f"{i} + 1?")], "answer": str(i + 1), "unused": 0} for i in range(12)]
+        # "function" is a name in the script itself
+        unused = {"unused": 0, "function": "add"}
+        lines = [{"messages": [user(f"{i} + 1?")], "answer": str(i + 1), **unused} for i in range(12)]
         rows = rlhf.read_jsonl(chat, write(tmp_path / "p.jsonl", lines), "prompt")
         prompts = [row[0] for row in rows]
         answers = rlhf.join(chat, prompts, [rlhf.encode(chat, "x", [str(i + 1)])[1] for i in range(12)])
@@ -302,7 +304,7 @@ def test_a_changed_data_file_is_noticed_on_resume(run_dir, tmp_path, monkeypatch
     with pytest.raises(rlhf.UserError, match="the data have changed since"):
         resumed(rlhf, run_dir, total_episodes=64)
     with pytest.raises(rlhf.UserError, match="the data have changed since"):  # what was held out has, too
-        rlhf.answer(rlhf.Args(**rlhf.load_checkpoint(run_dir)["args"] | {"evaluate": str(run_dir)}))
+        rlhf.evaluate_run(rlhf.Args(**rlhf.load_checkpoint(run_dir)["args"] | {"evaluate": str(run_dir)}))
 
 
 @pytest.mark.usefixtures("few_held_out")

@@ -505,17 +505,21 @@ class TestFiles:
 
 
 @pytest.mark.usefixtures("few_held_out")
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("model", "own"), [(False, False), (False, True), (True, False)])
 def test_the_built_in_data_have_a_labeller_and_prompts_that_end_with_a_line_break(
-    run_dir, files, own, monkeypatch
+    model, own, run_dir, files, request, tmp_path, monkeypatch
 ):
-    rlhf.train(args := tiny(run_dir, **(files if own else {})))
+    options = files if own else {}
+    if model:
+        path = save_model(tmp_path / "GPT2", request.getfixturevalue("transformers"), "GPT2")
+        options = dict(model=path, context=128)
+    rlhf.train(args := tiny(run_dir, **options))
     events = EventAccumulator(str(run_dir)).Reload().Tensors("answers/text_summary")
     text = events[0].tensor_proto.string_val[0].decode()
     assert ("(gold " in text, "(score " in text) == (not own, own)
     encode, prompts = rlhf.encode, []
     monkeypatch.setattr(rlhf, "encode", lambda models, text: prompts.append(text) or encode(models, text))
-    rlhf.answer(replace(args, evaluate=str(run_dir), generate="My lamp leaks."))
+    rlhf.evaluate_run(replace(args, evaluate=str(run_dir), generate="My lamp leaks."))
     assert prompts == ["My lamp leaks." if own else "My lamp leaks.\n"]
 
 
