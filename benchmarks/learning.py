@@ -9,7 +9,7 @@ Campaigns, each with its variants, tasks, seeds and steps in CAMPAIGNS:
 
 defaults    every script with its default options
 mujoco      ppo_continuous.py on ten MuJoCo tasks, ten seeds
-penalty     ppo_penalty.py on MuJoCo, five seeds
+penalty     ppo_penalty.py on MuJoCo, five seeds, and ppo_continuous.py with its options, three seeds
 table1      the eleven settings of Table 1 of the paper on its seven tasks, and the random policy
 ancestors   TRPO of sb3-contrib, the policy gradient and the unclipped surrogate on the same tasks
 sb3         PPO of stable-baselines3 on six tasks
@@ -59,6 +59,7 @@ VARIANTS = {  # a script and its options; the peers are in ZOO
     **{script: script for script in ("ppo_continuous", "ppo_discrete", "ppo_penalty")},
     "gamma 0.9999": "ppo_continuous --gamma 0.9999",
     "gamma 0.9999, lambda 0.98": "ppo_continuous --gamma 0.9999 --gae-lambda 0.98",
+    "clip, options of ppo_penalty": "ppo_continuous --learning-rate 1e-3 --log-std-init -0.75",
     "policy gradient": "ppo_continuous --update-epochs 1 --num-minibatches 1 --target-kl None",
     "unclipped surrogate": "ppo_penalty --kl-coef 0 --kl-target None --target-kl None",
     "Atari": ATARI,
@@ -139,7 +140,10 @@ CAMPAIGNS = {
         Campaign(["ppo_continuous"], MUJOCO, 10),
         Campaign(["gamma 0.9999", "gamma 0.9999, lambda 0.98"], ["Swimmer-v5"], 10),
     ],
-    "penalty": [Campaign(["ppo_penalty"], [*PAPER_TASKS, "Ant-v5"], 5)],
+    "penalty": [
+        Campaign(["ppo_penalty"], [*PAPER_TASKS, "Ant-v5"], 5),
+        Campaign(["clip, options of ppo_penalty"], [*PAPER_TASKS, "Ant-v5"], 3),
+    ],
     "table1": [Campaign(["random", *TABLE_1], PAPER_TASKS, 3)],
     "ancestors": [Campaign(["policy gradient", "unclipped surrogate", "TRPO"], PAPER_TASKS, 3)],
     "sb3": [

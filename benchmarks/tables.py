@@ -335,6 +335,7 @@ def faults() -> str:
 PEERS = {"ppo_continuous": "ppo_continuous", "ppo_penalty": "ppo_penalty", "TRPO": "TRPO"}
 PEERS |= {name: name for name in ("policy gradient", "unclipped surrogate")}
 CLIP = {"ppo_penalty": "ppo_penalty", "ppo_continuous": "ppo_continuous"}
+CLIP |= {"clip, options of ppo_penalty": "ppo_continuous, options of ppo_penalty"}
 SB3 = {"ppo_continuous": "ppo_continuous", "stable-baselines3": "stable-baselines3"}
 TABLES = {
     "files": files,
