@@ -146,7 +146,7 @@ class Args:
     preference_data: str | None = None
     """JSONL file for stage 2: chosen and rejected, with or without a prompt"""
     prompt_data: str | None = None
-    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: all files)"""
+    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: the others)"""
     ptx_data: str | None = None
     """JSONL file for --ptx-coef, as --sft-data (None: the texts of stage 1)"""
     layers: int = 2
