@@ -62,7 +62,7 @@ class Args:
     num_steps: int = 256
     """steps of each environment per rollout (T)"""
     anneal_lr: bool = True
-    """decrease the learning rate linearly to zero (with lr_kl_target: this target, in the last quarter)"""
+    """decrease the learning rate linearly to zero (or lr_kl_target, if set, in the last quarter)"""
     gamma: float = 0.99
     """discount factor (gamma)"""
     gae_lambda: float = 0.95
@@ -133,14 +133,14 @@ class Args:
                 require(x > 0 or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(max(self.gamma, self.gae_lambda) <= 1, "gamma or gae_lambda exceeds 1")
         saved = self.resume or self.evaluate  # whose options replace these
-        require(saved or self.num_envs % WORLD_SIZE == 0, f"{WORLD_SIZE} processes do not divide --num-envs")
+        require(saved or self.num_envs % WORLD_SIZE == 0, f"--num-envs must be a multiple of {WORLD_SIZE}")
         require(saved or self.num_iterations, f"--total-timesteps must be at least {self.batch_size}")
         rows, parts = self.batch_size // WORLD_SIZE, self.num_minibatches
         best = [n for n in range(1, min(rows, 4 * parts + 2)) if rows % n == 0][-2:]
         fits = saved or (parts < rows and rows % parts == 0)  # one row has no standard deviation
-        require(fits, f"{rows} rows (N * T) of a process do not make {parts} minibatches; {best} would do")
-        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "a run folder is ''")
-        require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
+        require(fits, f"N * T = {rows} per process does not split into {parts} minibatches; {best} would do")
+        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "empty run folder name")
+        require(not (self.resume and self.evaluate), "use --resume or --evaluate, not both")
 
 
 # ------------------------------------------------------------------------------------- the mathematics
@@ -253,7 +253,7 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
 
 
 def average(x: Tensor) -> Tensor:
-    """Average x over all processes, in place and with the same bits in each."""
+    """Average x over all processes, in place; the result is identical in all."""
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(x.div_(WORLD_SIZE))
     return x
@@ -288,7 +288,7 @@ class RunningMoments(nn.Module):
 def mlp(x, parameters, activation=torch.tanh):
     """Apply hidden layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
 
-    To use another activation than tanh, change this default and xp.tanh in acting_policy().
+    To use an activation other than tanh, change this default and xp.tanh in acting_policy().
     """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
@@ -387,8 +387,8 @@ class Agent(nn.Module):
     def acting_policy(self, like: np.ndarray | Tensor) -> Callable:
         """Return a function (raw obs, Gumbel noise, legal) -> (choices (..., C), actions for env.step()).
 
-        Noise and legal are (..., C, A). The function is valid until weights or statistics change; it works on
-        arrays or tensors, as `like` is. For one small step, NumPy takes less than half of the time of torch.
+        Noise and legal are (..., C, A). The function is valid until weights or statistics change. It takes
+        arrays if `like` is an array, else tensors: for one small step, NumPy takes less than half the time.
         """
         xp, device = torch if torch.is_tensor(like) else np, self.obs_shape.device
         parts = [*self.obs_moments.buffers(), *self.actor, self.action_start]
@@ -424,7 +424,7 @@ class Agent(nn.Module):
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Make all parameters views of one flat vector, so that one call clips or updates all of them."""
+    """Make all parameters views of one flat vector, which the optimizer updates in one call."""
     weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
     nn.utils.vector_to_parameters(weights, model.parameters())
     return weights
@@ -438,8 +438,8 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
     give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
-    learns), it receives actions as tensors. It is made again at each checkpoint and, with the run folder as
-    eval_dir, for the evaluation.
+    learns), it receives actions as tensors. make_envs() is called again at each checkpoint and, with eval_dir
+    (the run folder), for the evaluation.
     """
     if "ALE/" in args.env_id:
         require(not (args.async_envs or args.capture_video), "no --async-envs or --capture-video for Atari")
@@ -469,7 +469,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
 
 class CheckedEnv(gym.Wrapper):
-    """Check and copy what an environment returns, and limit its episodes. Keep only action masks of infos."""
+    """Check and copy what an environment returns, and limit its episodes. Drop infos except action masks."""
 
     def __init__(self, env: gym.Env, index: int, first_limit: int) -> None:
         super().__init__(env)
@@ -511,7 +511,7 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
 def conform(obs: object, space: gym.Space) -> object:
     """Copy an observation and cast it to the dtype of its space. Raise ValueError if it does not fit.
 
-    Numbers may be rounded to floats. The bounds of a Box are not checked, because many tasks exceed them.
+    A float dtype may round values. The bounds of a Box are not checked, because many tasks exceed them.
     """
     if space.dtype is None and isinstance(space, gym.spaces.Dict):
         return {name: conform(obs[name], part) for name, part in space.items()}
@@ -626,7 +626,7 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args, 
 
 
 def train(args: Args) -> list[float]:
-    """Run Algorithm 1 of the paper. Return the returns of the episodes that ended, in order."""
+    """Run Algorithm 1 of the paper. Return the return of each finished episode, in order."""
     device = set_up_torch(args)
     # numbers of NumPy become plain numbers, which load_checkpoint() accepts
     args = replace(args, **{k: x.item() if hasattr(x, "item") else x for k, x in vars(args).items()})
@@ -663,7 +663,7 @@ def train(args: Args) -> list[float]:
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
             running[info.get("shortened", []), 1:] = np.nan  # these episodes do not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
-        left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
+        left = 1 - iteration / args.num_iterations  # remaining fraction; the paper anneals for Atari only
         clip_coef = torch.tensor(args.clip_coef * (left if args.anneal_clip else 1), device=device)
         kl_target = (min(1, 4 * left) if args.anneal_lr else 1) * (args.lr_kl_target or math.inf)
         max_lr = args.learning_rate * (left if args.anneal_lr and not args.lr_kl_target else 1)
@@ -671,7 +671,7 @@ def train(args: Args) -> list[float]:
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
         policy, final_obs = agent.acting_policy(like=obs_now), {}
         noise = as_type_of(obs_now, gumbel_noise(args.num_steps, num_envs, *agent.choices.shape))
-        legal, actions = noise > 0, noise.argmax(-1)  # (T, N, C, A) and (T, N, C), filled by the loop
+        legal, actions = noise > 0, noise.argmax(-1)  # placeholders, (T, N, C, A) and (T, N, C)
         all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
         outcomes = torch.zeros(4, args.num_steps, num_envs, dtype=torch.float64)
         rewards, terminations, truncations, ended = as_type_of(obs_now, outcomes)
@@ -698,7 +698,7 @@ def train(args: Args) -> list[float]:
         with torch.no_grad():
             if args.clip_reward:
                 rewards = rewards.sign()
-            elif args.norm_reward:  # the scale may include these rows, as no action depends on rewards
+            elif args.norm_reward:  # these rows may be included: the policy never sees rewards
                 agent.return_moments.update(torch.as_tensor(sums[..., :1], device=device).flatten(0, 1))
                 rewards = agent.normalize_rewards(rewards)
             obs = agent.normalize_obs(raw_obs)  # (T + 1, N, ...)
@@ -784,7 +784,7 @@ def make_agent(args: Args, envs: gym.vector.VectorEnv, saved: dict[str, Tensor] 
     require(same_step, "make_envs() must return environments in AutoresetMode.SAME_STEP")
     torch.manual_seed(derive_seed(args.seed))
     agent = Agent(obs_space.shape, *action_layout(space), args)
-    torch.set_num_threads(THREADS if agent.images else 1)  # convolutions are worth several threads
+    torch.set_num_threads(THREADS if agent.images else 1)  # convolutions benefit from threads
     if saved:
         for x in ("obs_shape", "action_sizes", "action_start"):
             require(torch.equal(saved[x], getattr(agent, x)), f"the saved agent does not fit {args.env_id}")
@@ -817,7 +817,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Set threads, processes and deterministic kernels of torch, and return the device to learn on."""
+    """Set up threads, torch.distributed and deterministic kernels. Return the device to learn on."""
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
     torch.set_num_threads(1)  # the tensors are small: more threads would wait for each other
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
@@ -837,13 +837,13 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise UserError at a nan or infinity; step is that of the values, or of row 0 of (T, N, ...)."""
+    """Raise UserError if a value is not finite; step belongs to the values, or to row 0 of (T, N, ...)."""
     for name, x in tensors.items():
         bad = (~torch.isfinite(x)).nonzero().tolist()
         if bad and x.dim() > 1:
             name += f" of environment {RANK * x.shape[1] + bad[0][1]}"
             step += bad[0][0] * x.shape[1] * WORLD_SIZE
-        require(not bad, f"{name} is nan or infinite at step {step}; to go on, see --init-from")
+        require(not bad, f"{name} is nan or infinite at step {step}; to continue, see --init-from")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
@@ -874,7 +874,7 @@ def new_run_dir(args: Args) -> str:
 
 
 def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """Open TensorBoard events in run_dir, without those that a killed run wrote after its last checkpoint."""
+    """Open a TensorBoard writer in run_dir. Discard what a killed run logged after its last checkpoint."""
     options = {name: value for name, value in vars(args).items() if value is not None}
     if args.track:
         import wandb

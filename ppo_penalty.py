@@ -83,7 +83,7 @@ class Args:
     max_grad_norm: float = 0.5
     """maximum global gradient norm"""
     target_kl: float | None = 0.03
-    """stop the epochs at the first minibatch whose approx_kl exceeds this (None: never); not kl_target"""
+    """stop the epochs at the first minibatch with approx_kl above this (None: off); unrelated to kl_target"""
     log_std_init: float = -0.75
     """initial log standard deviation of continuous actions, in units of half the action range"""
     norm_obs: bool = True
@@ -130,14 +130,14 @@ class Args:
                 require(x > 0 or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(max(self.gamma, self.gae_lambda) <= 1, "gamma or gae_lambda exceeds 1")
         saved = self.resume or self.evaluate  # whose options replace these
-        require(saved or self.num_envs % WORLD_SIZE == 0, f"{WORLD_SIZE} processes do not divide --num-envs")
+        require(saved or self.num_envs % WORLD_SIZE == 0, f"--num-envs must be a multiple of {WORLD_SIZE}")
         require(saved or self.num_iterations, f"--total-timesteps must be at least {self.batch_size}")
         rows, parts = self.batch_size // WORLD_SIZE, self.num_minibatches
         best = [n for n in range(1, min(rows, 4 * parts + 2)) if rows % n == 0][-2:]
         fits = saved or (parts < rows and rows % parts == 0)  # one row has no standard deviation
-        require(fits, f"{rows} rows (N * T) of a process do not make {parts} minibatches; {best} would do")
-        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "a run folder is ''")
-        require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
+        require(fits, f"N * T = {rows} per process does not split into {parts} minibatches; {best} would do")
+        require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "empty run folder name")
+        require(not (self.resume and self.evaluate), "use --resume or --evaluate, not both")
 
 
 # ------------------------------------------------------------------------------------- the mathematics
@@ -229,8 +229,8 @@ def gumbel_noise(*shape: int) -> Tensor:
 def update_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
     """Adapt the coefficient once per iteration (PPO section 4). kl and kl_target in nats.
 
-    It doubles if the policy moved too far and halves if it moved too little. Not in the paper: the limits,
-    which let it recover within a few iterations.
+    Double it if the policy moved too far, halve it if it moved too little. Not in the paper: the limits, so
+    that the coefficient recovers within a few iterations.
     """
     factor = 2.0 if kl > 1.5 * kl_target else 0.5 if kl < kl_target / 1.5 else 1.0
     return min(max(kl_coef * factor, 0.01), 1000.0)
@@ -267,7 +267,7 @@ def running_sums(rewards: np.ndarray, dones: np.ndarray, gamma: float, start: np
 
 
 def average(x: Tensor) -> Tensor:
-    """Average x over all processes, in place and with the same bits in each."""
+    """Average x over all processes, in place; the result is identical in all."""
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(x.div_(WORLD_SIZE))
     return x
@@ -302,7 +302,7 @@ class RunningMoments(nn.Module):
 def mlp(x, parameters, activation=torch.tanh):
     """Apply hidden layers and a linear last layer, (..., inputs) -> (..., outputs), to tensors or arrays.
 
-    To use another activation than tanh, change this default and xp.tanh in acting_policy().
+    To use an activation other than tanh, change this default and xp.tanh in acting_policy().
     """
     *hidden, last_weight, last_bias = parameters
     for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
@@ -343,7 +343,7 @@ class Gaussian:
         return outputs + std * noise
 
     def center_and_scale(low, high):
-        """Map [-1, 1] to [low, high]; unbounded dimensions are not rescaled."""
+        """Return the map of [-1, 1] to [low, high]; unbounded dimensions are not rescaled."""
         bounded = torch.isfinite(high - low)
         center = torch.where(bounded, (low + high) / 2, 0.0).float()
         return center, torch.where(bounded, (high - low) / 2, 1.0).float()
@@ -361,7 +361,7 @@ class Categorical:
         return (outputs + noise).argmax(-1)[..., None]
 
     def center_and_scale(low, high):
-        """Map choice 0 to low."""
+        """Return the map of choice 0 to low."""
         return low, torch.ones_like(low)
 
 
@@ -406,8 +406,8 @@ class Agent(nn.Module):
     def acting_policy(self, like: np.ndarray | Tensor) -> Callable:
         """Return a function (raw obs (..., O), noise (..., A)) -> (sampled actions, actions for env.step()).
 
-        It is valid until weights or statistics change, and works on arrays or tensors, as `like` is. For one
-        small step, NumPy takes less than half of the time of torch and does not wait for a GPU.
+        It is valid until weights or statistics change. It takes arrays if `like` is an array, else tensors:
+        for one small step, NumPy takes less than half the time of torch and does not wait for a GPU.
         """
         low, high, xp = self.action_low, self.action_high, torch if torch.is_tensor(like) else np
         center, scale = self.kind.center_and_scale(low, high)
@@ -434,7 +434,7 @@ class Agent(nn.Module):
 
 
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Make all parameters views of one flat vector, so that one call clips or updates all of them."""
+    """Make all parameters views of one flat vector, which the optimizer updates in one call."""
     weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
     nn.utils.vector_to_parameters(weights, model.parameters())
     return weights
@@ -448,8 +448,8 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
     give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
-    learns), it receives actions as tensors. It is made again at each checkpoint and, with the run folder as
-    eval_dir, for the evaluation.
+    learns), it receives actions as tensors. make_envs() is called again at each checkpoint and, with eval_dir
+    (the run folder), for the evaluation.
     """
     # an id that was registered in this process may be unknown in workers, so they get its specification
     spec = gym.registry.get(args.env_id, args.env_id)
@@ -509,7 +509,7 @@ def noted(index: int, function: Callable, *inputs, **options) -> object:
 def conform(obs: object, space: gym.Space) -> object:
     """Copy an observation and cast it to the dtype of its space. Raise ValueError if it does not fit.
 
-    Numbers may be rounded to floats. The bounds of a Box are not checked, because many tasks exceed them.
+    A float dtype may round values. The bounds of a Box are not checked, because many tasks exceed them.
     """
     if space.dtype is None and isinstance(space, gym.spaces.Dict):
         return {name: conform(obs[name], part) for name, part in space.items()}
@@ -565,7 +565,7 @@ def minibatch_gradient(agent: Agent, minibatch: tuple[Tensor, ...], args: Args, 
 
 
 def train(args: Args) -> list[float]:
-    """Run Algorithm 1 of the paper with eq. 8. Return the returns of the episodes that ended, in order."""
+    """Run Algorithm 1 of the paper with eq. 8. Return the return of each finished episode, in order."""
     device = set_up_torch(args)
     # numbers of NumPy become plain numbers, which load_checkpoint() accepts
     args = replace(args, **{k: x.item() if hasattr(x, "item") else x for k, x in vars(args).items()})
@@ -600,13 +600,13 @@ def train(args: Args) -> list[float]:
             running = np.zeros((num_envs, 3))  # sums over the episodes in progress
             running[info.get("shortened", []), 1:] = np.nan  # these episodes do not count
             torch.manual_seed(derive_seed(args.seed, iteration) + RANK)
-        left = 1 - iteration / args.num_iterations  # of the run; annealing is in the paper for Atari only
+        left = 1 - iteration / args.num_iterations  # remaining fraction; the paper anneals for Atari only
         optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
 
         # 1. collect: T steps of N environments. The loop only acts; values and log-probabilities come later.
         policy, final_obs = agent.acting_policy(like=obs_now), {}
         noise = as_type_of(obs_now, agent.kind.noise(args.num_steps, num_envs, agent.action_size))
-        actions = as_type_of(obs_now, agent.kind.sample(*torch.zeros(3, *noise.shape)))  # to fill
+        actions = as_type_of(obs_now, agent.kind.sample(*torch.zeros(3, *noise.shape)))  # placeholder
         all_obs = as_type_of(obs_now, torch.as_tensor(obs_now).new_zeros(args.num_steps + 1, *obs_now.shape))
         rewards, terminations, truncations = as_type_of(obs_now, torch.zeros(3, *actions.shape[:2]).double())
         for t in range(args.num_steps):
@@ -627,7 +627,7 @@ def train(args: Args) -> list[float]:
 
         # 2. advantages and old log-probabilities, before any update: the ratios of the first minibatch are 1
         with torch.no_grad():
-            if args.norm_reward:  # the scale may include these rows, because no action depends on rewards
+            if args.norm_reward:  # these rows may be included, because the policy never sees rewards
                 agent.return_moments.update(torch.as_tensor(sums[..., :1], device=device).flatten(0, 1))
                 rewards = agent.normalize_rewards(rewards)
             obs = agent.normalize_obs(raw_obs)  # (T + 1, N, O)
@@ -753,7 +753,7 @@ def evaluate(agent: Agent, args: Args, run_dir: Path) -> list[float]:
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Set threads, processes and deterministic kernels of torch, and return the device to learn on."""
+    """Set up threads, torch.distributed and deterministic kernels. Return the device to learn on."""
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
     torch.set_num_threads(1)  # the tensors are small: more threads would wait for each other
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
@@ -773,13 +773,13 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
-    """Raise UserError at a nan or infinity; step is that of the values, or of row 0 of (T, N, ...)."""
+    """Raise UserError if a value is not finite; step belongs to the values, or to row 0 of (T, N, ...)."""
     for name, x in tensors.items():
         bad = (~torch.isfinite(x)).nonzero().tolist()
         if bad and x.dim() > 1:
             name += f" of environment {RANK * x.shape[1] + bad[0][1]}"
             step += bad[0][0] * x.shape[1] * WORLD_SIZE
-        require(not bad, f"{name} is nan or infinite at step {step}; to go on, see --init-from")
+        require(not bad, f"{name} is nan or infinite at step {step}; to continue, see --init-from")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
@@ -810,7 +810,7 @@ def new_run_dir(args: Args) -> str:
 
 
 def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """Open TensorBoard events in run_dir, without those that a killed run wrote after its last checkpoint."""
+    """Open a TensorBoard writer in run_dir. Discard what a killed run logged after its last checkpoint."""
     options = {name: value for name, value in vars(args).items() if value is not None}
     if args.track:
         import wandb

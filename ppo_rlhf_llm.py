@@ -116,7 +116,7 @@ class Args:
     action_level: Literal["token", "sequence"] = "token"
     """what an action is: a token, or a whole answer (one ratio, one reward, baseline V(prompt))"""
     kl_in: Literal["reward", "loss"] = "reward"
-    """where the KL penalty is: -log(actor / reference) in each token's reward, or the exact KL in the loss"""
+    """where the penalty acts: -log(actor / reference) in each token's reward, or the exact KL in the loss"""
     kl_coef: float = 0.1
     """initial coefficient of KL(actor, reference) (beta)"""
     kl_target: float | None = 3.0
@@ -146,9 +146,9 @@ class Args:
     preference_data: str | None = None
     """JSONL file for stage 2: chosen and rejected, with or without a prompt"""
     prompt_data: str | None = None
-    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: the others)"""
+    """JSONL file for stage 3: prompt, question, instruction, messages or conversations (None: other files)"""
     ptx_data: str | None = None
-    """JSONL file for --ptx-coef, as --sft-data (None: the texts of stage 1)"""
+    """JSONL file for --ptx-coef, like --sft-data (None: the texts of stage 1)"""
     layers: int = 2
     """blocks of the built-in GPT"""
     heads: int = 4
@@ -208,21 +208,21 @@ class Args:
         saved = self.resume or self.evaluate
         rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
         require(self.eval_prompts <= HELD_OUT, f"eval_prompts must be at most {HELD_OUT}")
-        require(saved or share > 1, f"advantages of {share} answer have no standard deviation")
+        require(saved or share > 1, f"batch_size must be at least {2 * WORLD_SIZE}")
         require(rows % parts == 0, f"batch_size {rows} is not divisible by num_minibatches {parts}")
-        require(saved or self.minibatch_size % WORLD_SIZE == 0, "the processes do not divide a minibatch")
-        require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt does not divide {share}")
+        require(saved or self.minibatch_size % WORLD_SIZE == 0, "processes must divide a minibatch evenly")
+        require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt must divide {share}")
         require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         require(saved or self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
         require(self.kl_coef or self.kl_target is None, "kl_coef 0 cannot be adapted; use --kl-target None")
         require(rows <= self.kl_horizon or self.kl_target is None, f"kl_horizon must be at least {rows}")
         unused = self.reward_function and (self.dense_reward or self.preference_data)
         require(not unused, "--dense-reward and --preference-data need stage 2, not a --reward-function")
-        require(not (self.sft_data and self.skip_sft), "--skip-sft leaves out stage 1, so no --sft-data")
+        require(not (self.sft_data and self.skip_sft), "use --sft-data or --skip-sft, not both")
         for name in ("skip_sft", "lora_rank", "gradient_checkpointing"):
             require(self.model or not getattr(self, name), f"{name} needs --model, an already trained model")
         require(self.ptx_coef or not self.ptx_data, "--ptx-data needs --ptx-coef, which is 0")
-        require(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
+        require(not (self.resume and self.evaluate), "use --resume or --evaluate, not both")
         require(self.evaluate or not self.generate, "--generate needs --evaluate runs/NAME")
 
 
@@ -389,7 +389,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, past: tuple | None, keep: int) -> tuple[Tensor, tuple]:
-        """States (B, S, D), attention bias (B * heads, S, C + S) -> states of the last tokens, new cache."""
+        """Apply to states (B, S, D), bias (B * heads, S, C + S) -> states of the last tokens, new cache."""
         parts = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * heads, S, D / heads) each
         if past is not None:
@@ -421,7 +421,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(x, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, keep=0) -> TrunkOutput:
-        """Tokens (B, S), mask (B, C + S), cache of the C tokens before -> states (B, S, D), longer cache.
+        """Run on tokens (B, S), mask (B, C + S), cache of C earlier tokens -> states (B, S, D), new cache.
 
         keep > 0: return only the states of the last tokens; the last block does not compute the others.
         """
@@ -479,7 +479,7 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
         model.resize_token_embeddings(len(tokenizer))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-        for layer in model.modules():  # hidden_states() sets some to training mode: no dropout there
+        for layer in model.modules():  # hidden_states() puts some into training mode: disable dropout
             vars(layer).update({x: 0.0 for x, y in vars(layer).items() if "drop" in x and type(y) is float})
     if args.lora_rank:  # in every linear layer but the last; only these weights are trained
         import peft
@@ -522,7 +522,7 @@ def load_score_function(args: Args) -> Callable:
 
 
 def call(function: Callable, /, *inputs: Any, **named: Any) -> Any:
-    """Call a model or function with inputs and with the named ones it accepts: Bloom has no position_ids."""
+    """Call a model or function with only the named inputs that it accepts: Bloom has no position_ids."""
     accepted = list(inspect.signature(getattr(function, "forward", function)).parameters)[len(inputs) :]
     return function(*inputs, **{name: named[name] for name in accepted if name in named})
 
@@ -540,7 +540,7 @@ def hidden_states(trunk: nn.Module, ids: Tensor, attention: Tensor, length: int)
 def logits_from(model: nn.Module, states: Tensor) -> Tensor:
     """Compute logits from hidden states with the model's own code, which may scale or cap them.
 
-    states (..., D) -> (..., V). For this call the model's trunk returns the states.
+    states (..., D) -> (..., V). During the call, the trunk is replaced by one that returns the states.
     """
     trunk, rows = model.get_decoder(), states.reshape(1, -1, states.shape[-1])
     tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=states.device)
@@ -562,14 +562,14 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor, attention: Tensor, length: int) -> Tensor:
-        """Tokens (B, S), attention (B, S) -> (B, length): for the text up to each of the last tokens."""
+        """Score the text up to each of the last tokens. Tokens, attention (B, S) -> (B, length)."""
         states = hidden_states(self.trunk, ids, attention, length).float()
         # a sum instead of a matrix product, which autocast would round to bfloat16
         return (states * self.head.weight).sum(-1) + self.head.bias
 
 
 class Models(nn.Module):
-    """The four models of RLHF, without dropout (the first ratio would not be 1), and their tokenizer."""
+    """The four models of RLHF, without dropout (with it, the first ratio is not 1), and their tokenizer."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
@@ -586,9 +586,9 @@ class Models(nn.Module):
         # mean and deviation of the scores of --reward-function; a reward model has them in its head
         self.register_buffer("score_moments", torch.tensor([0.0, 1.0]))
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
-        config = getattr(self.actor, "generation_config", None)  # which can have several end tokens
+        config = getattr(self.actor, "generation_config", None)  # it can have several end tokens
         ends = [self.tokenizer.eos_token_id, *np.atleast_1d(config and config.eos_token_id)]
-        if getattr(self.tokenizer, "chat_template", None):  # and one that ends a turn
+        if getattr(self.tokenizer, "chat_template", None):  # its end of a turn also ends an answer
             turns = [{"role": role, "content": "ANSWER"} for role in ("user", "assistant")]
             rest = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
             token = tokenize(self.tokenizer, rest, special=False)[:1]
@@ -596,7 +596,7 @@ class Models(nn.Module):
         self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
 
     def autocast(self) -> torch.autocast:
-        """Compute matrix products in bfloat16 on a GPU; losses and weights stay in float32."""
+        """Return a context for bfloat16 on a GPU; losses and weights stay in float32."""
         return torch.autocast(self.kl_coef.device.type, torch.bfloat16, enabled=self.bf16)
 
 
@@ -609,7 +609,7 @@ ITEMS = ["lamp", "kettle", "tent", "chair", "phone", "radio", "bike", "clock", "
          "scooter", "mirror", "basket", "drill", "piano"]
 PROBLEMS = {"broke": "repair", "leaks": "repair", "makes noise": "repair", "never came": "resend",
             "was lost": "resend", "is too small": "exchange", "is the wrong colour": "exchange",
-            "came late": "refund", "cost twice": "refund"}  # and what helps
+            "came late": "refund", "cost twice": "refund"}  # with the remedy
 ASKS = ["My {item} {problem}.", "Help! The {item} {problem}.", "Hi, my {item} {problem}. What now?",
         "{item} {problem}"]
 OPENINGS = ["", "", "", "Sorry! ", "I am sorry. ", "We apologise. ", "Oh. ", "Not again! ", "So what? "]
@@ -634,7 +634,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Data:
-    """The data of all stages. For your own, pass files, or replace built_in_data() by a function like it.
+    """The data of all stages. To use your own, pass files or replace built_in_data().
 
     Answers are lists of tokens. A text is a prompt and an answer; a pair is a prompt, the chosen and the
     rejected answer.
@@ -642,7 +642,7 @@ class Data:
 
     texts: list[tuple[Prompt, list[int]]]  # for stage 1
     prompts: list[Prompt]  # for stages 2 and 3
-    held_out_texts: list[tuple[Prompt, list[int]]]  # not learned from, like the other held-out rows
+    held_out_texts: list[tuple[Prompt, list[int]]]  # never trained on, nor are the held-out rows below
     held_out_prompts: list[Prompt]
     labeller: Callable[[str, str], float] | None = None  # (prompt, answer) -> score ("gold"); None: pairs
     pairs: Sequence[tuple[Prompt, list[int], list[int]]] = ()
@@ -650,7 +650,7 @@ class Data:
     ptx_texts: Sequence[tuple[Prompt, list[int]]] = ()
 
     def digest(self) -> str:
-        """Return a hash of all rows, to notice that files have changed."""
+        """Return a hash of all rows, to detect changed files."""
         rows = (repr(row).encode() for rows in vars(self).values() if isinstance(rows, list) for row in rows)
         return hashlib.sha256(b"".join(hashlib.sha256(row).digest() for row in rows)).hexdigest()
 
@@ -681,7 +681,7 @@ def built_in_data(models: Models) -> Data:
 
 
 def gold_score(prompt: str, answer: str) -> float:
-    """Score an answer: for apologies, help, the item and thanks; against rudeness and length."""
+    """Score an answer: apology, help, item and thanks add points; rudeness, errors and length cost."""
     words = re.findall("[a-z]+", answer.lower())
     sentences = [sentence.strip() for sentence in re.findall(r"[^.!?]+", answer)]
     item = next((item for item in ITEMS if item in prompt), "")
@@ -709,7 +709,7 @@ def parse_entry(entry: dict, kind: str) -> tuple[str | list, list]:
 
     Only the last turn of a conversation is an answer.
     """
-    require(not any(map(entry.get, ("system", "system_prompt", "history"))), "it has a system or history")
+    require(not any(map(entry.get, ("system", "system_prompt", "history"))), "it has a system or history key")
     prompt = next((entry[key] for key in PROMPT_KEYS if key in entry), None)
     if "prompt" not in entry and isinstance(prompt, str):
         # such data have no separators
@@ -739,9 +739,9 @@ def parse_entry(entry: dict, kind: str) -> tuple[str | list, list]:
 
 
 def render(tokenizer: Any, prompt: str | list, answers: list) -> tuple[str, list[str], bool]:
-    """Return prompt and answers as texts, and whether the chat template was used: for lists of messages."""
+    """Return prompt and answers as texts, and whether a chat template was used (for lists of messages)."""
     if not any(isinstance(x, list) for x in (prompt, *answers)):
-        "".join((prompt, *answers)).encode()  # raises for values that are not text and for half a surrogate
+        "".join((prompt, *answers)).encode()  # raises for values that are not text and for lone surrogates
         return prompt, answers, False
     chat = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -763,8 +763,8 @@ def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
     An answer ends with its first end token; an empty answer is this token alone. A rendered prompt contains
-    its special tokens. Raises UserError if the prompt is empty (with one answer: if both are), or if they are
-    too long together.
+    its special tokens. Raises UserError if the prompt is empty (with one answer: if both are), or if their
+    total length exceeds --context.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
     ids = tokenize(tokenizer, prompt, not rendered)
@@ -800,7 +800,7 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
             raise UserError(f"{message} ({type(error).__name__}: {error})") from error
     if skipped:
         print(f"{path}: skipped {len(skipped)} lines; the first is {skipped[0]}", file=sys.stderr)
-    require(len(set(map(prompt_key, rows))) >= 10, f"{path} has fewer than 10 different prompts to use")
+    require(len(set(map(prompt_key, rows))) >= 10, f"{path} has fewer than 10 different usable prompts")
     return rows
 
 
@@ -829,7 +829,7 @@ def load_data(models: Models) -> Data:
     require(len(prompts) >= 10, "stage 3 needs --prompt-data with at least 10 prompts")
     require(ptx_texts or texts or not args.ptx_coef, "--ptx-coef needs --ptx-data")
     draw, held_out = random.Random(derive_seed(args.seed, 0)), set()
-    for rows in (prompts, texts, pairs):  # a prompt that one file holds out, the others hold out, too
+    for rows in (prompts, texts, pairs):  # a prompt held out in one file is held out in all files
         draw.shuffle(rows)
         keys = sorted(dict.fromkeys(map(prompt_key, rows)), key=lambda key: key not in held_out)
         held_out.update(keys[: min(len(keys) // 10, HELD_OUT)])
@@ -871,7 +871,7 @@ def join(models: Models, prompts: Sequence[Prompt], answers: Sequence[list[int]]
 def generate(models: Models, model: nn.Module, prompts: Sequence[Prompt]) -> tuple[Answers, Tensor]:
     """Sample an answer to each prompt -> answers, log-probabilities (B, L) in nats.
 
-    Without a filter such as top-k: the sampling distribution is the one that is trained.
+    No filter such as top-k is used: the sampling distribution must be the training distribution.
     """
     models.eval()  # layers in training mode do not use the cache
     tokens, attention, _ = join(models, prompts, [[]] * len(prompts))
@@ -901,7 +901,7 @@ def decode(models: Models, answers: Answers) -> list[str]:
 
 
 def finished_answers(models: Models, answers: Answers) -> Tensor:
-    """Return which answers have an end token, (B,)."""
+    """Return whether each answer has an end token, (B,)."""
     return (torch.isin(answers.tokens, models.ends) & answers.mask).any(1)
 
 
@@ -999,7 +999,7 @@ def score(models: Models, prompts: Sequence[Prompt], answers: Answers) -> Tensor
 
 
 def average(x: Tensor) -> Tensor:
-    """Average x over all processes, in place and with the same bits in each."""
+    """Average x over all processes, in place; the result is identical in all."""
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(x.div_(WORLD_SIZE))
     return x
@@ -1013,7 +1013,7 @@ def minibatches(rows: Sequence[Tensor], size: int, epochs: int) -> Iterator[tupl
 
 
 def clip_gradient(model: nn.Module, max_grad_norm: float) -> Tensor:
-    """Average the gradients of all processes and clip their norm. Return the norm before."""
+    """Average the gradients of all processes and clip their norm. Return the norm before clipping."""
     for gradient in [x.grad for x in model.parameters() if x.grad is not None]:
         average(gradient)
     return nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -1143,7 +1143,7 @@ def learn_reward(models: Models, data: Data, writer: SummaryWriter, step: int) -
 
 @torch.no_grad()
 def normalize_scores(models: Models, prompts: list[Prompt]) -> None:
-    """Give scores mean 0 and deviation 1 on answers of the SFT model: kl_coef then suits every reward."""
+    """Normalise scores to mean 0, deviation 1 on the SFT model's answers, so kl_coef suits every reward."""
     scores, prompts = [], [prompts[i % len(prompts)] for i in range(HELD_OUT)]
     for asked in chunks(prompts, models.args.batch_size):
         answers, _ = generate(models, models.reference, asked)
@@ -1375,7 +1375,7 @@ def check_same(name: str, difference: Tensor, limit: float = 1e-3) -> None:
 
 
 def check_models(models: Models, prompts: list[Prompt], fresh: bool) -> None:
-    """Check in float32 that the models agree with themselves. fresh: stage 3 has not changed the actor yet.
+    """Check that sampling, training and padding agree, in float32. fresh: stage 3 has not begun.
 
     Raises UserError with the probable cause: dropout, wrong positions, attention to padding, a filter in the
     sampling, or logits that differ from those of the model's own forward pass.
@@ -1397,7 +1397,7 @@ def check_models(models: Models, prompts: list[Prompt], fresh: bool) -> None:
 def evaluate(models: Models, data: Data, writer=None, step: int = 0) -> dict[str, float]:
     """Compare the policy with the SFT model on held-out prompts; print and log the result and return it.
 
-    The labeller decides which answer is better; with data from files, the score does.
+    The labeller decides which answer is better; without a labeller, the score does.
     """
     args, rows, columns = models.args, [], []
     torch.manual_seed(derive_seed(args.seed, 0, 0, 1))
@@ -1452,7 +1452,7 @@ def evaluate_run(args: Args) -> None:
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """Start the processes of torch, choose deterministic kernels, and return the device to learn on."""
+    """Initialise torch.distributed and deterministic kernels. Return the device to learn on."""
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
     if RANK > 0:  # only process 0 prints
@@ -1495,7 +1495,7 @@ def new_run_dir(args: Args) -> str:
 
 
 def open_writer(args: Args, run_dir: Path, first_step: int) -> SummaryWriter:
-    """Open TensorBoard events in run_dir, without those that a killed run wrote after its last checkpoint."""
+    """Open a TensorBoard writer in run_dir. Discard what a killed run logged after its last checkpoint."""
     options = {name: value for name, value in vars(args).items() if value is not None}
     if args.track:
         import wandb

@@ -28,10 +28,10 @@ def shell(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--num-minibatches 5", "2048 rows (N * T) of a process do not make 5 minibatches; [8, 16] would do"),
+        ("--num-minibatches 5", "N * T = 2048 per process does not split into 5 minibatches; [8, 16] would"),
         ("--num-minibatches 0", "num_minibatches cannot be 0"),
-        ("--num-minibatches 4096", "do not make 4096 minibatches; [512, 1024] would do"),
-        ("--num-minibatches 2048", "do not make 2048 minibatches; [512, 1024] would do"),  # one row each
+        ("--num-minibatches 4096", "does not split into 4096 minibatches; [512, 1024] would do"),
+        ("--num-minibatches 2048", "not split into 2048 minibatches; [512, 1024] would do"),  # one row each
         ("--total-timesteps 100", "--total-timesteps must be at least 2048"),
         ("--total-timesteps 0", "total_timesteps cannot be 0"),
         ("--learning-rate nan", "learning_rate cannot be nan"),
@@ -55,7 +55,7 @@ def shell(*arguments, **options):
         ("--env-id nonsense", "Environment `nonsense` doesn't exist"),
         ("--env-id not/an/id", "Malformed environment ID: not/an/id"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
-        ("--resume=", "a run folder is ''"),  # for example, an unset shell variable
+        ("--resume=", "empty run folder name"),  # for example, an unset shell variable
     ],
 )
 def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -155,9 +155,7 @@ class TestRuns:
         for action in ("--resume", "--evaluate"):
             said = refusal(ppo, monkeypatch, capsys, action, run_dir, "--gamma", "0.9", "--seed", "5")
             assert "options of a saved run cannot change: gamma, seed" in said
-        assert "exclude each other" in refusal(
-            ppo, monkeypatch, capsys, "--resume", run_dir, "--evaluate", run_dir
-        )
+        assert "not both" in refusal(ppo, monkeypatch, capsys, "--resume", run_dir, "--evaluate", run_dir)
         assert "--total-timesteps can only be increased" in refusal(
             ppo, monkeypatch, capsys, "--resume", run_dir, "--total-timesteps", "256", "--num-steps", "64"
         )

@@ -186,9 +186,9 @@ def test_what_stops_one_process_is_told_and_stops_all(tmp_path):
 @control
 def test_environments_and_rows_that_do_not_divide_among_processes_are_refused(ppo, monkeypatch):
     monkeypatch.setattr(ppo, "WORLD_SIZE", 3)
-    with pytest.raises(ValueError, match="3 processes do not divide --num-envs"):
+    with pytest.raises(ValueError, match="--num-envs must be a multiple of 3"):
         ppo.Args(num_envs=8, num_steps=300, num_minibatches=8, total_timesteps=2400)
-    with pytest.raises(ValueError, match=r"128 rows .* do not make 5 minibatches; \[8, 16\] would do"):
+    with pytest.raises(ValueError, match=r"N \* T = 128 .* into 5 minibatches; \[8, 16\] would do"):
         ppo.Args(num_envs=6, num_steps=64, num_minibatches=5, total_timesteps=384)
     for number in (4, 8, 16):
         ppo.Args(num_envs=6, num_steps=64, num_minibatches=number, total_timesteps=384)
@@ -200,7 +200,7 @@ def test_the_options_of_a_saved_run_and_not_the_defaults_must_divide_among_proce
 ):
     ppo.train(small(ppo, run_dir, num_envs=9, num_steps=16, num_minibatches=8, total_timesteps=144))
     monkeypatch.setattr(ppo, "WORLD_SIZE", 3)
-    with pytest.raises(ValueError, match="3 processes do not divide --num-envs"):
+    with pytest.raises(ValueError, match="--num-envs must be a multiple of 3"):
         ppo.Args()
     for option in ("--resume", "--evaluate"):
         monkeypatch.setattr(sys, "argv", ["x", option, str(run_dir)])

@@ -120,7 +120,7 @@ def test_lines_whose_system_prompt_would_be_lost_are_skipped(chat, tmp_path, cap
     rows = [{"prompt": f"{i}", "completion": "b"} for i in range(10)]
     path = write(tmp_path / "p.jsonl", [*rows, {"prompt": "a", "completion": "b", key: "Be rude."}])
     assert len(rlhf.read_jsonl(chat, path, "text")) == 10
-    assert "skipped 1 lines; the first is line 11: it has a system or history" in capsys.readouterr().err
+    assert "skipped 1 lines; the first is line 11: it has a system or history key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -464,7 +464,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("rows", [[], [{"prompt": "a"}] * 20], ids=len)
     def test_fewer_than_ten_different_prompts_are_refused(self, tmp_path, rows):
-        with pytest.raises(rlhf.UserError, match="fewer than 10 different prompts"):
+        with pytest.raises(rlhf.UserError, match="fewer than 10 different usable prompts"):
             read(write(tmp_path / "p.jsonl", rows), "prompt")
 
     def test_texts_for_ptx_serve_the_built_in_job_too(self, files):
@@ -531,7 +531,7 @@ def test_the_built_in_data_have_a_labeller_and_prompts_that_end_with_a_line_brea
         ("--reward-function math:none", "--reward-function math:none: "),
         ("--reward-function math:sqrt --dense-reward", "need stage 2, not a --reward-function"),
         ("--reward-function math:sqrt --preference-data x", "need stage 2, not a --reward-function"),
-        ("--skip-sft --model x --sft-data y", "--skip-sft leaves out stage 1"),
+        ("--skip-sft --model x --sft-data y", "use --sft-data or --skip-sft, not both"),
         ("--skip-sft", "skip_sft needs --model"),
         ("--lora-rank 4", "lora_rank needs --model"),
         ("--gradient-checkpointing", "gradient_checkpointing needs --model"),
