@@ -3,7 +3,7 @@
     python benchmarks/debugging.py                         write debugging.csv and debugging.png, some minutes
     python benchmarks/debugging.py --quick                 try each run for 4,096 steps; record nothing
 
-docs/debugging.md explains the picture.
+docs/debugging.md explains the picture. Interrupted runs are resumed; delete runs/debugging to train again.
 """
 
 import csv
@@ -55,12 +55,12 @@ class Options:
 
 
 def run(fault: str, folder: Path, steps: int) -> list[list]:
-    """Train with a fault, or read that run; return (fault, metric, step, value) of all points."""
-    if not (folder / "checkpoint.pt").exists():
-        command = [sys.executable, str(ROOT / "ppo_continuous.py"), *FAULTS[fault].split()]
-        command += ["--total-timesteps", str(steps), "--run-dir", str(folder)]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Train with a fault, or finish that run; return (fault, metric, step, value) of all points."""
+    options = [*FAULTS[fault].split(), "--total-timesteps", str(steps), "--run-dir", str(folder)]
+    options = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else options
+    command = [sys.executable, str(ROOT / "ppo_continuous.py"), *options]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     points = [(metric, point) for metric in METRICS for point in events.Scalars(metric)]
     return [[fault, metric, point.step, f"{point.value:.5g}"] for metric, point in points]

@@ -5,12 +5,12 @@
     python benchmarks/speed.py --quick                     one short run of each job; record nothing
     python benchmarks/plot.py                              draw the picture; tables.py writes the tables
 
-JOBS has the commands. The variants of a job alternate, each in a fresh process, so that noise on the machine
-affects all of them; compare the ratios of the turns. results/speed.csv has one row for each run: steps per
-second (RLHF: answers per second), the median over all iterations but the first, and the peak memory of the
-process. Measurements in it are not repeated: delete its rows to measure again. Control scripts use one
-thread, RLHF two. Jobs with --cuda run only where there is a GPU. Requires requirements-extra.txt; TRL 1.12.0,
-the last version with PPO, is installed into its own environment, runs/trl.
+JOBS has the commands. The variants of a job alternate, so that noise on the machine affects all of them;
+compare the ratios of the turns. results/speed.csv has one row for each run: steps per second (RLHF: answers
+per second), the median over all iterations but the first, and the peak memory of the process. Measurements in
+it are not repeated: delete its rows to measure again. Control scripts use one thread, RLHF two. Jobs with
+--cuda run only where there is a GPU. Requires requirements-extra.txt; TRL 1.12.0, the last version with PPO,
+is installed into its own environment, runs/trl.
 """
 
 import csv

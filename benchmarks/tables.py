@@ -157,8 +157,8 @@ def table_1() -> str:
     rows = []
     for variant, by_task in scores.items():
         means = [mean(values) for values in by_task.values()]
-        ours = f"{mean(means):.2f} ({min(min(values) for values in by_task.values()):.2f})"
-        rows.append([variant, f"{PAPER_SCORES[variant]:.2f}", ours, *(f"{x:.2f}" for x in means)])
+        ours = f"{mean(means):z.2f} ({min(min(values) for values in by_task.values()):z.2f})"
+        rows.append([variant, f"{PAPER_SCORES[variant]:.2f}", ours, *(f"{x:z.2f}" for x in means)])
     seeds = {task: min(len(x[task]) for x in scores.values()) for task in scores["clipping 0.2"]}
     names = [f"{task.removesuffix('-v5')} ({count})" for task, count in seeds.items()]
     return table(" | ".join(["setting", "paper", "ours (worst run)", *names]), rows)
