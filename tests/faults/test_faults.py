@@ -477,7 +477,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_executes_nothing(
             getattr(ppo, name)(run_dir)
 
 
-def spoiled(data: bytes, draw: random.Random) -> bytes:
+def damaged(data: bytes, draw: random.Random) -> bytes:
     """Return the file truncated, with a flipped bit, with a block of zeros, or with a duplicated block."""
     place, size = draw.randrange(len(data)), draw.randrange(1, 5000)
     match draw.randrange(4):
@@ -492,13 +492,13 @@ def spoiled(data: bytes, draw: random.Random) -> bytes:
 
 
 @every_script
-def test_a_spoiled_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir, trials):
+def test_a_damaged_checkpoint_is_refused_or_is_the_same(ppo, saved_run, run_dir, trials):
     """Allow damage that changes nothing: some bytes between the parts of the archive are unused."""
     saved_run(ppo, run_dir)
     path, before = run_dir / "checkpoint.pt", ppo.load_checkpoint(run_dir)
-    data, refused, number = path.read_bytes(), 0, trials("a spoiled checkpoint", ppo, 20, 2000)
+    data, refused, number = path.read_bytes(), 0, trials("a damaged checkpoint", ppo, 20, 2000)
     for _ in range(number):
-        path.write_bytes(spoiled(data, trials.draw))
+        path.write_bytes(damaged(data, trials.draw))
         try:
             assert same(ppo.load_checkpoint(run_dir), before)
         except ppo.UserError as error:
@@ -747,7 +747,7 @@ class Enough(Exception):
 def test_options_drawn_at_random_run_or_are_refused_in_one_line(ppo, tmp_path, monkeypatch, capsys, trials):
     monkeypatch.chdir(tmp_path)
     explained_variance, ran = ppo.explained_variance, 0
-    number = trials("options drawn at random", ppo, 10, 500)
+    number = trials("random options", ppo, 10, 500)
     for trial in range(number):
         iterations = itertools.count(1)
 
