@@ -607,7 +607,7 @@ class TestCommandLine:
             ("--num-minibatches 5", "batch_size 64 is not divisible by num_minibatches 5"),
             ("--width 98", "width 98 is not divisible by heads 4"),
             ("--total-episodes 10", "--total-episodes must be at least batch_size 64"),
-            ("--batch-size 1", "advantages of 1 answer have no standard deviation"),
+            ("--batch-size 1", "batch_size must be at least 2"),
             ("--kl-in nowhere", "nowhere"),
             ("--kl-target 0", "kl_target cannot be 0.0"),
             ("--learning-rate nan", "learning_rate cannot be nan"),
