@@ -112,7 +112,7 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (configured by WANDB_PROJECT and WANDB_ENTITY)"""
     init_from: str | None = None
-    """run folder whose weights and statistics a new run starts from"""
+    """run folder, with the same norm_obs, whose weights and statistics a new run starts from"""
     resume: str | None = None
     """run folder to continue, with the options it was started with"""
     evaluate: str | None = None
@@ -124,7 +124,7 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)  # in a notebook, total_timesteps may be 1e6
 
     def __post_init__(self) -> None:
         zero = {"gamma", "gae_lambda", "ent_coef", "vf_coef", "seed"}
@@ -136,9 +136,8 @@ class Args:
         require(saved or self.num_envs % WORLD_SIZE == 0, f"--num-envs must be a multiple of {WORLD_SIZE}")
         require(saved or self.num_iterations, f"--total-timesteps must be at least {self.batch_size}")
         rows, parts = self.batch_size // WORLD_SIZE, self.num_minibatches
-        best = [n for n in range(1, min(rows, 4 * parts + 2)) if rows % n == 0][-2:]
-        fits = saved or (parts < rows and rows % parts == 0)  # one row has no standard deviation
-        require(fits, f"N * T = {rows} per process does not split into {parts} minibatches; {best} would do")
+        fits = [n for n in range(1, rows) if rows % n == 0]  # not n = rows: one row has no standard deviation
+        require(saved or parts in fits, f"N * T = {rows} per process allows {fits} minibatches, not {parts}")
         require("" not in (self.run_dir, self.init_from, self.resume, self.evaluate), "empty run folder name")
         require(not (self.resume and self.evaluate), "use --resume or --evaluate, not both")
 
@@ -437,9 +436,10 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
     """Make one environment per seed. Replace this function to use a vector environment of your own.
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
-    give the last observation of the episode in info["final_obs"]. If it returns tensors (on the device that
-    learns), it receives actions as tensors. make_envs() is called again at each checkpoint and, with eval_dir
-    (the run folder), for the evaluation.
+    give the last observation of the episode in info["final_obs"]. Observations are (N, O) or images of bytes,
+    and every episode must end. If it returns tensors (on the device that learns), it receives actions as
+    tensors. make_envs() is called again at each checkpoint and, with eval_dir (the run folder), for the
+    evaluation.
     """
     if "ALE/" in args.env_id:
         require(not (args.async_envs or args.capture_video), "no --async-envs or --capture-video for Atari")
@@ -829,11 +829,11 @@ def set_up_torch(args: Args) -> torch.device:
     return torch.device("cuda" if args.cuda else "cpu")
 
 
-def compiled(function: Callable, args: Args) -> Callable:
+def compiled(func: Callable, args: Args) -> Callable:
     """Compile a function to one graph; on a GPU, also capture it as a CUDA graph (one launch per call)."""
+    torch.compiler.reset()  # else the ninth set of options in one process would exceed a limit of torch
     torch._dynamo.config.trace_autograd_ops = True  # to trace autograd.grad; needs torch 2.13
-    mode = "reduce-overhead" if args.cuda else None
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(func, fullgraph=True, dynamic=False, mode="reduce-overhead" if args.cuda else None)
 
 
 def check_finite(step: int, **tensors: Tensor) -> None:
@@ -864,8 +864,9 @@ def open_run(args: Args) -> tuple[Path, dict]:
     if RANK == 0:
         require(not (run_dir / "checkpoint.pt").exists(), f"{run_dir} contains a run: use --resume {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
-    initial = load_checkpoint(args.init_from)["agent"] if args.init_from else None
-    return run_dir, {"iteration": 0, "episode_returns": [], "agent": initial, "optimizer": None}
+    initial = load_checkpoint(args.init_from) if args.init_from else {"agent": None, "args": vars(args)}
+    require(initial["args"]["norm_obs"] == args.norm_obs, f"{args.init_from} has another --norm-obs")
+    return run_dir, {"iteration": 0, "episode_returns": [], "agent": initial["agent"], "optimizer": None}
 
 
 def new_run_dir(args: Args) -> str:

@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -196,12 +196,14 @@ class Args:
 
     @property
     def num_iterations(self) -> int:
-        return self.total_episodes // self.batch_size
+        return int(self.total_episodes // self.batch_size)  # in a notebook, total_episodes may be 1e4
 
     def __post_init__(self) -> None:
         lambdas = ("gamma", "gae_lambda", "critic_lambda")
         zero = {"critic_warmup", "vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed", *lambdas}
         for name, x in vars(self).items():  # numbers are positive, a few may be 0, and all fit into 64 bits
+            choices = get_args(hint) if get_origin(hint := Args.__annotations__.get(name)) is Literal else [x]
+            require(x in choices and x != "", f"{name} cannot be {x!r}")
             if isinstance(x, (int, float)) and not isinstance(x, bool):
                 require(0 < x < 2**63 or x == math.inf or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
@@ -507,7 +509,8 @@ def load_score_function(args: Args) -> Callable:
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(args.reward_function)
-    except (AttributeError, ImportError, ValueError) as error:
+        inspect.signature(function).bind_partial([], [])  # raises TypeError if it does not take two inputs
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise UserError(f"--reward-function {args.reward_function}: {error}") from error
 
     def score_texts(prompts: Sequence[Prompt], answers: list[str]) -> Any:
@@ -796,8 +799,7 @@ def read_jsonl(models: Models, path: str, kind: str) -> list[tuple]:
         except UserError as error:
             skipped.append(f"line {number}: {error}")
         except Exception as error:  # templates and values of all types raise many kinds
-            message = f"{path}, line {number}: not usable as a JSON object with {FORMS[kind]}"
-            raise UserError(f"{message} ({type(error).__name__}: {error})") from error
+            raise UserError(f"{path} line {number}: no JSON object with {FORMS[kind]} ({error!r})") from error
     if skipped:
         print(f"{path}: skipped {len(skipped)} lines; the first is {skipped[0]}", file=sys.stderr)
     require(len(set(map(prompt_key, rows))) >= 10, f"{path} has fewer than 10 different usable prompts")
@@ -987,11 +989,10 @@ def score(models: Models, prompts: Sequence[Prompt], answers: Answers) -> Tensor
         with models.autocast():
             return torch.cat([models.reward(x.ids, x.attention, x.mask.shape[1] + 1) for x in parts])
     scores = models.score_function(prompts, decode(models, answers))
-    scores = np.asarray(scores.tolist() if torch.is_tensor(scores) else scores, np.float32)
-    valid = scores.shape == (len(prompts),) and np.isfinite(scores).all()
+    scores = torch.tensor(np.asarray(scores.tolist() if torch.is_tensor(scores) else scores, np.float32))
+    valid = scores.shape == (len(prompts),) and scores.isfinite().all()
     require(valid, f"{len(prompts)} answers need {len(prompts)} finite scores, not {scores}")
-    mean, deviation = models.score_moments
-    scores = (torch.as_tensor(scores).to(answers.ids.device) - mean) / deviation
+    scores = (scores.to(models.score_moments) - models.score_moments[0]) / models.score_moments[1]
     return F.one_hot(answers.mask.sum(1), answers.mask.shape[1] + 1) * scores[:, None]
 
 
@@ -1188,7 +1189,7 @@ def add_gradients(models: Models, minibatch: Batch, kl_coef: float) -> tuple[Ten
     size, parts, all_logprobs = args.micro_batch_size or len(weights), [], []
     for *row, weight in zip(*(x.split(size) for x in (*minibatch, weights)), strict=True):
         part, used = Batch(*row), weight > 0
-        answers, ref_states = Answers(*part[:3]), part.ref_states if kl_coef else None
+        answers, ref_states = Answers(*part[:3]), part.ref_states if part.ref_states.numel() else None
         states = states_before(models, models.actor, answers)
         new_logprobs, _, kl = token_terms(models, answers.tokens, states, ref_states, args.temperature)
         new_logprobs, kl = (per_action(x, part.mask, args.action_level) for x in (new_logprobs, kl))
@@ -1237,8 +1238,7 @@ def train(args: Args) -> list[dict[str, float]]:
     optimizer.load_state_dict(state.pop("optimizer") or optimizer.state_dict())
     num_prompts = args.batch_size // WORLD_SIZE // args.answers_per_prompt  # of this process
     critic_lambda = args.gae_lambda if args.critic_lambda is None else args.critic_lambda
-    options = {"total": args.num_iterations, "initial": first_iteration, "disable": RANK > 0}
-    for iteration in (progress := tqdm(range(first_iteration, args.num_iterations), "stage 3", **options)):
+    for iteration in (progress := tqdm(range(first_iteration, args.num_iterations), "PPO", disable=RANK > 0)):
         if iteration % args.checkpoint_every == 0:
             save(optimizer=optimizer, stage=2, iteration=iteration, step=step)
         started, step = time.perf_counter(), step + args.batch_size

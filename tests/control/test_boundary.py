@@ -397,6 +397,18 @@ def test_a_new_run_starts_from_the_weights_and_statistics_of_another(ppo, tmp_pa
     assert returns == new["episode_returns"]
 
 
+@control
+def test_weights_for_normalised_observations_are_not_given_raw_ones(ppo, tmp_path, run_dir):
+    ppo.train(small(ppo, run_dir, total_timesteps=256, norm_obs=False))
+    for norm_obs in (False, True):
+        args = small(ppo, tmp_path / str(norm_obs), init_from=str(run_dir), norm_obs=norm_obs)
+        if norm_obs:
+            with pytest.raises(ppo.UserError, match="has another --norm-obs"):
+                ppo.open_run(args)
+        else:
+            assert ppo.open_run(args)[1]["agent"].keys() == ppo.load_checkpoint(run_dir)["agent"].keys()
+
+
 @each_kind
 @pytest.mark.parametrize("tensors", [False, True], ids=["arrays", "tensors"])
 def test_large_observations_are_normalised_before_they_lose_their_digits(ppo, tensors):

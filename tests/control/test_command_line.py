@@ -28,10 +28,10 @@ def shell(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--num-minibatches 5", "N * T = 2048 per process does not split into 5 minibatches; [8, 16] would"),
+        ("--num-minibatches 5", "N * T = 2048 per process allows [1, 2, 4, 8, 16, 32, 64, 128, 256, 5"),
         ("--num-minibatches 0", "num_minibatches cannot be 0"),
-        ("--num-minibatches 4096", "does not split into 4096 minibatches; [512, 1024] would do"),
-        ("--num-minibatches 2048", "not split into 2048 minibatches; [512, 1024] would do"),  # one row each
+        ("--num-minibatches 4096", "512, 1024] minibatches, not 4096"),
+        ("--num-minibatches 2048", "512, 1024] minibatches, not 2048"),  # one row each
         ("--total-timesteps 100", "--total-timesteps must be at least 2048"),
         ("--total-timesteps 0", "total_timesteps cannot be 0"),
         ("--learning-rate nan", "learning_rate cannot be nan"),
@@ -215,10 +215,19 @@ class TestRuns:
 
 @control
 def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
-    with pytest.raises(ValueError, match=r"\[8, 16\] would do"):
+    with pytest.raises(ValueError, match=r"\[1, 2, 4, 8, 16, 32, 64, 128, 256\] minibatches, not 5"):
         ppo.Args(num_envs=2, num_steps=256, num_minibatches=5)
     with pytest.raises(gym.error.NameNotFound, match="Did you mean: `Pendulum`"):
         ppo.train(small(ppo, tmp_path / "run", env_id="Pendulumm-v1"))
+
+
+@control
+def test_in_a_notebook_the_number_of_steps_may_be_a_float(ppo, run_dir):
+    ppo.train(small(ppo, run_dir, total_timesteps=5.2e2))
+    checkpoint = ppo.load_checkpoint(run_dir)
+    assert checkpoint["iteration"] == 4  # 520 steps are 4 rollouts of 128
+    ppo.train(ppo.Args(**checkpoint["args"] | {"resume": str(run_dir), "total_timesteps": 7e2}))
+    assert ppo.load_checkpoint(run_dir)["iteration"] == 5
 
 
 @control

@@ -164,6 +164,8 @@ def test_observations_of_every_kind_are_flattened(ppo, run_dir, space):
 )
 def test_every_action_that_an_environment_gets_is_in_its_space(ppo, run_dir, space):
     ppo.train(small(ppo, run_dir, env_id=register("Spaces", observation_space=BOX, action_space=space)))
+    assert space.contains(ppo.load_agent(run_dir).act(np.zeros(2)))
+    assert ppo.load_agent(run_dir).act(torch.zeros(5, 2)).shape == (5, *space.shape)
 
 
 class TensorEnvs(gym.vector.VectorEnv):

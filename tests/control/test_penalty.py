@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from suite import KINDS, by_name, curve, discrete, resumed, scripts_with, small
@@ -90,6 +91,11 @@ class TestCoefficient:
         ppo.train(small(ppo, run_dir, total_timesteps=1024, kl_coef=0.0))
         coefficients = [value for _, value in curve(run_dir)["charts/kl_coef"]]
         assert coefficients == pytest.approx([0, 0.01, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32])
+
+    def test_a_rule_of_ones_own_may_return_a_number_of_numpy(self, ppo, run_dir, monkeypatch):
+        monkeypatch.setattr(ppo, "update_kl_coef", lambda kl_coef, *_: np.float64(kl_coef) / 4)
+        ppo.train(small(ppo, run_dir))
+        assert ppo.load_checkpoint(run_dir)["kl_coef"] == 1 / 256
 
     def test_without_a_target_it_is_fixed(self, ppo, run_dir):
         ppo.train(small(ppo, run_dir, kl_coef=0.005, kl_target=None))

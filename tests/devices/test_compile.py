@@ -60,6 +60,21 @@ def test_compiled_it_learns_the_same_with_one_graph_for_all_iterations(
         assert not parameter.numel() or (parameter - start[name]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("ppo", CONTROL, ids=lambda script: script.__name__)
+def test_one_process_can_compile_for_any_number_of_different_options(ppo, monkeypatch, graphs):
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_function(function, **options, backend="eager")
+    )
+
+    def scaled(x, args):
+        return args.ent_coef * x
+
+    for i in range(10):
+        args = ppo.Args(ent_coef=i / 8)
+        assert ppo.compiled(scaled, args)(torch.ones(()), args) == i / 8
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tmp_path, graphs):
     (ppo,) = REAL

@@ -600,6 +600,12 @@ class TestResume:
             resumed(rlhf, run_dir, total_episodes=16)
 
 
+def test_a_critic_that_diverges_ends_the_run_with_a_message(run_dir):
+    options = dict(critic_learning_rate=1e18, num_minibatches=1, update_epochs=1, total_episodes=64)
+    with pytest.raises(rlhf.UserError, match="losses or gradients are not finite at step 116"):
+        rlhf.train(tiny(run_dir, **options))
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -616,6 +622,10 @@ class TestCommandLine:
             ("--context 60", "--context is 60"),
             ("--resume nowhere", "nowhere/checkpoint.pt is missing"),
             ("--generate hello", "--generate needs --evaluate runs/NAME"),
+            ("--resume=", "resume cannot be ''"),  # for example, an unset shell variable
+            ("--model=", "model cannot be ''"),
+            ("--reward-function statistics", "--reward-function statistics: <module 'statistics' from"),
+            ("--reward-function operator:neg", "too many positional arguments"),
         ],
     )
     def test_what_is_wrong_with_an_option_is_told_in_one_line(
@@ -623,6 +633,14 @@ class TestCommandLine:
     ):
         monkeypatch.chdir(tmp_path)
         assert words in refusal(rlhf, monkeypatch, capsys, *arguments.split())
+
+    @pytest.mark.parametrize(
+        "option", [{"action_level": "tokens"}, {"kl_in": "rewards"}, {"loss_average": None}], ids=str
+    )
+    def test_in_a_notebook_a_misspelt_choice_is_refused(self, option):
+        ((name, value),) = option.items()
+        with pytest.raises(ValueError, match=f"{name} cannot be {value!r}"):
+            tiny(**option)
 
     def test_ctrl_c_before_the_first_checkpoint_and_during_an_evaluation_offers_nothing(
         self, monkeypatch, run_dir

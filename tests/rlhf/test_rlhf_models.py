@@ -407,9 +407,9 @@ class TestFiles:
         [
             (
                 '{"prompt": "a", "completion": "b"',
-                "line 3: not usable as a JSON object with a prompt with completion, .* or text .*Expecting",
+                "line 3: no JSON object with a prompt with completion, .* or text .*Expecting",
             ),
-            ('{"prompt": "a"}', "line 3: not usable as a JSON object with"),
+            ('{"prompt": "a"}', "line 3: no JSON object with"),
             ('{"prompt": "a", "completion": 5}', "line 3: .*TypeError"),
             ('["prompt", "completion"]', "line 3"),
             ("5", "line 3"),
@@ -441,7 +441,7 @@ class TestFiles:
         assert read(path, "prompt") == [(str(i),) for i in range(10)]
         for content in (gzip.compress(lines.encode()), lines.encode("utf-16"), b"[" + lines.encode() + b"]"):
             path.write_bytes(content)
-            with pytest.raises(rlhf.UserError, match="line 1: not usable as a JSON object"):
+            with pytest.raises(rlhf.UserError, match="line 1: no JSON object"):
                 read(path, "prompt")
 
     def test_lines_of_megabytes_empty_answers_and_control_characters(self, tmp_path, capsys):
