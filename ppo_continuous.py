@@ -389,7 +389,7 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
             env = gym.wrappers.RecordVideo(env, str(eval_dir / "videos"), episode_trigger=lambda k: k == 0)
         space = env.observation_space
         dims = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
-        require(dims != 3 or space.dtype != np.uint8, f"{args.env_id} has images; see ppo_discrete.py")
+        require(dims != 3 or space.dtype != np.uint8, "images need discrete actions and ppo_discrete.py")
         return env if dims == 1 else noted(i, gym.wrappers.FlattenObservation, env)  # Discrete: one-hot
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv

@@ -109,7 +109,9 @@ class TestBoxTasks:
     def test_images_in_a_script_without_a_network_for_them(self, ppo, monkeypatch, capsys, tmp_path):
         images = spaces.Box(0, 255, (96, 96, 3), np.uint8)
         env_id = register("Spaces", observation_space=images, action_space=BOX)
-        assert "has images; see ppo_discrete.py" in self.refused(ppo, monkeypatch, capsys, tmp_path, env_id)
+        assert "images need discrete actions and ppo_discrete.py" in self.refused(
+            ppo, monkeypatch, capsys, tmp_path, env_id
+        )
 
 
 @control
