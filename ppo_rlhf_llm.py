@@ -208,11 +208,10 @@ class Args:
                 require(0 < x < 2**63 or x == math.inf or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
         saved = self.resume or self.evaluate
-        rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches
+        rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches * WORLD_SIZE
         require(self.eval_prompts <= HELD_OUT, f"eval_prompts must be at most {HELD_OUT}")
         require(saved or share > 1, f"batch_size must be at least {2 * WORLD_SIZE}")
-        require(rows % parts == 0, f"batch_size {rows} is not divisible by num_minibatches {parts}")
-        require(saved or self.minibatch_size % WORLD_SIZE == 0, "processes must divide a minibatch evenly")
+        require(saved or rows % parts == 0, f"batch_size {rows} does not split into {parts} minibatches")
         require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt must divide {share}")
         require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         require(saved or self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
@@ -481,7 +480,7 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
         model.resize_token_embeddings(len(tokenizer))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-        for layer in model.modules():  # hidden_states() puts some into training mode: disable dropout
+        for layer in [*model.modules(), model.config]:  # some will be in training mode: disable dropout
             vars(layer).update({x: 0.0 for x, y in vars(layer).items() if "drop" in x and type(y) is float})
     if args.lora_rank:  # in every linear layer but the last; only these weights are trained
         import peft
@@ -498,7 +497,8 @@ def copy_model(model: nn.Module) -> nn.Module:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Return a copy of a model with its adapters merged into the weights."""
     model = copy.deepcopy(model)
-    for name, layer in [(name, x) for name, x in model.named_modules() if hasattr(x, "get_base_layer")]:
+    # inner layers first: adapters of a mixture of experts are nested
+    for name, layer in reversed([(n, x) for n, x in model.named_modules() if hasattr(x, "get_base_layer")]):
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
     return model
@@ -595,7 +595,7 @@ class Models(nn.Module):
             turns = [{"role": role, "content": "ANSWER"} for role in ("user", "assistant")]
             rest = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
             token = tokenize(self.tokenizer, rest, special=False)[:1]
-            ends += token if set(token) & set(self.tokenizer.all_special_ids) else []
+            ends += [x for x in token if getattr(self.tokenizer.added_tokens_decoder.get(x), "special", None)]
         self.register_buffer("ends", torch.tensor([x for x in ends if x is not None]), persistent=False)
 
     def autocast(self) -> torch.autocast:
@@ -765,21 +765,23 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict | None = None) -> tuple:
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
-    An answer ends with its first end token; an empty answer is this token alone. A rendered prompt contains
-    its special tokens. Raises UserError if the prompt is empty (with one answer: if both are), or if their
-    total length exceeds --context.
+    An answer ends with its first end token; an empty answer is this token alone. A text without a prompt is
+    kept whole, as the one answer. A rendered prompt contains its special tokens. Raises UserError if the
+    prompt is empty (with one answer: if both are), or if their total length exceeds --context.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
     ids = tokenize(tokenizer, prompt, not rendered)
-    if ids[-1:] == [end] and not prompt.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
+    ids = ids[:-1] if ids[-1:] == [end] and not prompt.endswith(tokenizer.eos_token) else ids
     rows, ends = [], models.ends.tolist()
     for answer in answers:
-        row = [*tokenize(tokenizer, answer, special=False), end]
-        rows.append(row[: next(i for i, token in enumerate(row) if token in ends) + 1])
+        row = tokenize(tokenizer, prompt + answer, not rendered)
+        # alone, SentencePiece would begin the answer with a space
+        row = row[len(ids) :] if row[: len(ids)] == ids else tokenize(tokenizer, answer, special=False)
+        row = row if row[-1:] == [end] else [*row, end]
+        rows.append(row[: next(i for i, token in enumerate(row) if token in ends) + 1] if prompt else row)
     if not ids and len(rows) == 1:  # a text without a prompt begins with its first token
         ids, rows = rows[0][:1], [rows[0][1:]]
-    require(ids and all(rows), "a prompt or answer is empty")
+    require(ids and all(rows) and (prompt or len(rows) == 1), "a prompt or answer is empty")
     length = len(ids) + max([models.args.answer_length, *map(len, rows)])
     require(length <= limit, f"prompt and answer have up to {length} tokens, and --context is {limit}")
     return Prompt(prompt, ids, fields or {}), *rows
@@ -1336,7 +1338,7 @@ def train(args: Args) -> list[dict[str, float]]:
             writer.add_scalar(tag, value, step)
         progress.set_postfix_str(f"score {scores.mean():.2f}, KL {answer_kl:.1f}, {speed:.0f} tokens/s")
         if args.eval_every and (iteration + 1) % args.eval_every == 0 and RANK == 0:
-            best = max(row.get("eval/win_rate", 0.0) for row in history)
+            best = max(row.get("eval/win_rate", -1.0) for row in history)
             history[-1] |= evaluate(models, data, writer, step)
             if history[-1]["eval/win_rate"] > best:
                 save_policy(models, run_dir / "best_policy")
@@ -1455,8 +1457,7 @@ def set_up_torch(args: Args) -> torch.device:
     """Initialise torch.distributed and deterministic kernels. Return the device to learn on."""
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()  # gloo for tensors on CPUs, nccl for those on GPUs
-    if RANK > 0:  # only process 0 prints
-        sys.stdout = None
+    sys.stdout = None if RANK > 0 else sys.stdout  # only process 0 prints
     require(not args.cuda or torch.cuda.is_available(), "--cuda needs a GPU, and torch does not find one")
     if args.cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for determinism
@@ -1543,6 +1544,7 @@ def save_policy(models: Models, folder: Path) -> None:
     """Save the actor and its tokenizer for transformers, or the weights of the built-in GPT."""
     folder.mkdir(exist_ok=True)
     if models.args.model:
+        models.actor.generation_config.eos_token_id = models.ends.unique().tolist()
         (merge_adapters(models.actor) if models.args.lora_rank else models.actor).save_pretrained(folder)
         models.tokenizer.save_pretrained(folder)
     else:

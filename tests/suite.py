@@ -152,6 +152,7 @@ def save_model(folder, transformers, kind, head="CausalLM", **special):
     sizes = {
         "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=128),
         "Bloom": dict(hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.1),
+        "Falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_dropout=0.5),
         "OPT": dict(
             hidden_size=32,
             word_embed_proj_dim=32,

@@ -558,6 +558,11 @@ class TestTrain:
             84 + 65
         ]
 
+    def test_even_a_win_rate_of_zero_has_a_best_policy(self, run_dir, monkeypatch):
+        monkeypatch.setattr(rlhf, "evaluate", lambda *_: {"eval/win_rate": 0.0})
+        rlhf.train(tiny(run_dir, eval_every=1))
+        assert (run_dir / "best_policy" / "gpt.pt").exists()
+
 
 def train_and_stop(monkeypatch, args, saves):
     """Train and stop, as if killed, once the given number of checkpoints is written."""
@@ -610,7 +615,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ("--num-minibatches 5", "batch_size 64 is not divisible by num_minibatches 5"),
+            ("--num-minibatches 5", "batch_size 64 does not split into 5 minibatches"),
             ("--width 98", "width 98 is not divisible by heads 4"),
             ("--total-episodes 10", "--total-episodes must be at least batch_size 64"),
             ("--batch-size 1", "batch_size must be at least 2"),

@@ -148,18 +148,29 @@ def test_pairs_that_differ_before_the_last_turn_are_skipped(chat, tmp_path, caps
     assert "skipped 1 lines; the first is line 11: an answer has several turns" in capsys.readouterr().err
 
 
-def test_the_end_of_a_turn_ends_an_answer(tmp_path):
-    """Base models have another end token than the turns of their chat template."""
-    path = save_model(tmp_path / "model", transformers, "Llama", additional_special_tokens=["<turn>"])
+def with_turns(folder, named):
+    """Return models whose template ends turns with <turn>: a special token with a name, or without one."""
+    special = {"additional_special_tokens": ["<turn>"]} if named else {}
+    path = save_model(folder / "model", transformers, "Llama", **special)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer._tokenizer.add_special_tokens(["<turn>"])
     tokenizer.chat_template = TEMPLATE.replace("<end>", "<turn>")
     tokenizer.save_pretrained(path)
-    models = rlhf.Models(tiny(model=path))
+    return rlhf.Models(tiny(model=path))
+
+
+@pytest.mark.parametrize("named", [True, False])  # False: as <|eot_id|> of the base models of Llama 3
+def test_the_end_of_a_turn_ends_an_answer(tmp_path, named):
+    """Base models have another end token than the turns of their chat template."""
+    models = with_turns(tmp_path, named)
     entry = {"messages": [user("Hi"), assistant("Hello")]}
     prompt, answer = rlhf.encode(models, *rlhf.render(models.tokenizer, *rlhf.parse_entry(entry, "text")))
     assert models.tokenizer.decode(answer) == "Hello<turn>"
     answers = rlhf.join(models, [prompt], [answer])
     assert rlhf.decode(models, answers) == ["Hello"] and rlhf.finished_answers(models, answers).all()
+    rlhf.save_policy(models, tmp_path / "policy")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy").generation_config
+    assert {models.tokenizer.eos_token_id, answer[-1]} == set(saved.eos_token_id)  # so generate() stops there
 
 
 def test_a_text_without_a_prompt_begins_with_its_first_token(chat):
@@ -168,6 +179,47 @@ def test_a_text_without_a_prompt_begins_with_its_first_token(chat):
     )
     assert chat.tokenizer.decode([*prompt.ids, *answer]) == "My lamp leaks<end>"
     assert prompt.text == "" and len(prompt.ids) == 1
+
+
+def test_a_text_with_the_markers_of_a_template_is_kept_whole(chat):
+    text = "<user>My lamp leaks<end>\n<assistant>Sorry<end>"
+    prompt, answer = rlhf.encode(chat, "", [text])
+    assert chat.tokenizer.decode([*prompt.ids, *answer]) == text
+
+
+def test_an_answer_begins_as_in_the_whole_text(tmp_path):
+    """Tokenizers of SentencePiece put a space before every text, also before an answer alone."""
+    from tokenizers import normalizers
+
+    path = save_model(tmp_path / "model", transformers, "Llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer._tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.save_pretrained(path)
+    models = rlhf.Models(tiny(model=path))
+    prompt, answer = rlhf.encode(models, "My lamp leaks\n", ["We repair it."])
+    assert models.tokenizer.decode([*prompt.ids, *answer]) == " My lamp leaks\nWe repair it.<end>"
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # of PEFT
+def test_adapters_of_a_mixture_of_experts_are_merged(tmp_path):
+    pytest.importorskip("peft", reason="adapters need requirements-extra.txt")
+    tokenizer = save_tokenizer(tmp_path, transformers)
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = transformers.Qwen3MoeConfig(vocab_size=len(tokenizer), **ids, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    models = rlhf.Models(tiny(model=str(tmp_path), lora_rank=2))
+    for name, x in models.actor.named_parameters():
+        if "lora_B" in name:
+            x.data.normal_(std=0.1)
+    merged, tokens = rlhf.merge_adapters(models.actor), torch.tensor([[1, 2, 3, 4]])
+    logits = models.actor(tokens).logits
+    torch.testing.assert_close(merged(tokens).logits, logits, atol=1e-4, rtol=1e-4)
+    assert (logits - models.reference(tokens).logits).abs().max() > 1e-3
+    assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
 def test_a_template_that_drops_the_prompt_keeps_the_content_of_the_answer(chat, monkeypatch):
@@ -197,6 +249,12 @@ class TestSpecialTokens:
         texts = ["My lamp", "<s>My lamp"]  # the second as from a template, pasted into a file
         for ids in (rlhf.encode(models, text)[0].ids for text in texts):
             assert ids.count(bos) == 1 and ids[0] == bos
+        for text in texts:  # without a prompt
+            prompt, answer = rlhf.encode(models, "", [text])
+            assert prompt.ids == [bos] and models.tokenizer.decode(answer) == "My lamp<end>"
+        for answers in ([], ["a", "b"]):
+            with pytest.raises(rlhf.UserError, match="a prompt or answer is empty"):
+                rlhf.encode(models, "", answers)
         entry = {"messages": [user("Hi"), assistant("Hello")]}
         prompt, answer = rlhf.encode(models, *rlhf.render(models.tokenizer, *rlhf.parse_entry(entry, "text")))
         assert prompt.ids.count(bos) == 1 and bos not in answer

@@ -169,9 +169,9 @@ def test_a_run_trains_adapters_resumes_exactly_and_saves_the_merged_model(
     assert_same_run(rlhf, one, other)
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT"])
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "OPT", "Falcon"])
 def test_gradient_checkpointing_stores_less_and_computes_the_same_gradient(kind, transformers, tmp_path):
-    """OPT has dropout in the layers themselves, which would be active in training mode."""
+    """OPT has dropout in its layers, Falcon in its config; both would be active in training mode."""
     path, sizes, gradients = save_model(tmp_path / kind, transformers, kind), [], []
     for checkpointing in (False, True):
         torch.manual_seed(1)  # of the row for the padding token
