@@ -368,9 +368,9 @@ def make_envs(args: Args, seeds: list[int], eval_dir: Path | None = None) -> gym
     """Make one environment per seed. Replace this function to use a vector environment of your own.
 
     It must reset in the step that ends an episode (metadata["autoreset_mode"] is AutoresetMode.SAME_STEP) and
-    give the last observation of the episode in info["final_obs"]. Observations are (N, O), and
-    every episode must end. If it returns tensors (on the device that learns), it receives actions as tensors.
-    make_envs() is called again at each checkpoint and, with eval_dir (the run folder), for the evaluation.
+    give the last observation of the episode in info["final_obs"]. Observations are (N, O), and every episode
+    must end. If it returns tensors (on the device that learns), it receives actions as tensors. make_envs()
+    is called again at each checkpoint and, with eval_dir (the run folder), for the evaluation.
     """
     # an id that was registered in this process may be unknown in workers, so they get its specification
     spec = gym.registry.get(args.env_id, args.env_id)
