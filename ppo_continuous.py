@@ -674,7 +674,7 @@ def set_up_torch(args: Args) -> torch.device:
 
 def compiled(func: Callable, args: Args) -> Callable:
     """Compile a function to one graph; on a GPU, also capture it as a CUDA graph (one launch per call)."""
-    torch.compiler.reset()  # else the ninth set of options in one process would exceed a limit of torch
+    torch.compiler.reset()  # because torch compiles a function for at most eight sets of options
     torch._dynamo.config.trace_autograd_ops = True  # to trace autograd.grad; needs torch 2.13
     return torch.compile(func, fullgraph=True, dynamic=False, mode="reduce-overhead" if args.cuda else None)
 

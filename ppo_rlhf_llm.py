@@ -202,16 +202,17 @@ class Args:
         lambdas = ("gamma", "gae_lambda", "critic_lambda")
         zero = {"critic_warmup", "vf_coef", "kl_coef", "ptx_coef", "eos_penalty", "seed", *lambdas}
         for name, x in vars(self).items():  # numbers are positive, a few may be 0, and all fit into 64 bits
+            # tyro checks choices only on the command line
             choices = get_args(hint) if get_origin(hint := Args.__annotations__.get(name)) is Literal else [x]
             require(x in choices and x != "", f"{name} cannot be {x!r}")
             if isinstance(x, (int, float)) and not isinstance(x, bool):
                 require(0 < x < 2**63 or x == math.inf or (x == 0 and name in zero), f"{name} cannot be {x}")
         require(not any((getattr(self, name) or 0) > 1 for name in lambdas), "gamma or a lambda exceeds 1")
         saved = self.resume or self.evaluate
-        rows, share, parts = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches * WORLD_SIZE
+        rows, share, unit = self.batch_size, self.batch_size // WORLD_SIZE, self.num_minibatches * WORLD_SIZE
         require(self.eval_prompts <= HELD_OUT, f"eval_prompts must be at most {HELD_OUT}")
         require(saved or share > 1, f"batch_size must be at least {2 * WORLD_SIZE}")
-        require(saved or rows % parts == 0, f"batch_size {rows} does not split into {parts} minibatches")
+        require(saved or rows % unit == 0, f"minibatches * processes = {unit} must divide batch_size {rows}")
         require(saved or share % self.answers_per_prompt == 0, f"answers_per_prompt must divide {share}")
         require(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         require(saved or self.num_iterations, f"--total-episodes must be at least batch_size {rows}")
@@ -480,7 +481,8 @@ def load_language_model(args: Args) -> tuple[nn.Module, Any]:
         model.resize_token_embeddings(len(tokenizer))
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-        for layer in [*model.modules(), model.config]:  # some will be in training mode: disable dropout
+        # disable dropout, because hidden_states() puts some layers into training mode (Falcon reads config)
+        for layer in [*model.modules(), model.config]:
             vars(layer).update({x: 0.0 for x, y in vars(layer).items() if "drop" in x and type(y) is float})
     if args.lora_rank:  # in every linear layer but the last; only these weights are trained
         import peft
@@ -765,9 +767,9 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 def encode(models: Models, prompt: str, answers=(), rendered=False, fields: dict | None = None) -> tuple:
     """Tokenize a prompt and its answers -> (Prompt, tokens of an answer, ...).
 
-    An answer ends with its first end token; an empty answer is this token alone. A text without a prompt is
-    kept whole, as the one answer. A rendered prompt contains its special tokens. Raises UserError if the
-    prompt is empty (with one answer: if both are), or if their total length exceeds --context.
+    An answer ends with its first end token; an empty answer is this token alone. If the prompt is empty, the
+    one answer is kept whole. A rendered prompt contains its special tokens. Raises UserError if the prompt is
+    empty (with one answer: if both are), or if their total length exceeds --context.
     """
     tokenizer, end, limit = models.tokenizer, models.tokenizer.eos_token_id, models.args.context
     ids = tokenize(tokenizer, prompt, not rendered)

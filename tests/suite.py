@@ -167,6 +167,7 @@ def save_model(folder, transformers, kind, head="CausalLM", **special):
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=128,
     )  # fmt: skip
+    sizes["Qwen3Moe"] = sizes["Llama"] | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
     config = getattr(transformers, kind + "Config")(vocab_size=len(tokenizer), **ids, **sizes[kind])
     if head == "SequenceClassification":

@@ -225,10 +225,10 @@ def test_in_a_notebook_the_same_refusals_are_value_errors(ppo, tmp_path):
 
 @control
 def test_in_a_notebook_the_number_of_steps_may_be_a_float(ppo, run_dir):
-    ppo.train(small(ppo, run_dir, total_timesteps=5.2e2))
+    ppo.train(small(ppo, run_dir, total_timesteps=520.0))
     checkpoint = ppo.load_checkpoint(run_dir)
     assert checkpoint["iteration"] == 4  # 520 steps are 4 rollouts of 128
-    ppo.train(ppo.Args(**checkpoint["args"] | {"resume": str(run_dir), "total_timesteps": 7e2}))
+    ppo.train(ppo.Args(**checkpoint["args"] | {"resume": str(run_dir), "total_timesteps": 700.0}))
     assert ppo.load_checkpoint(run_dir)["iteration"] == 5
 
 

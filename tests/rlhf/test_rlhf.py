@@ -607,7 +607,8 @@ class TestResume:
 
 def test_a_critic_that_diverges_ends_the_run_with_a_message(run_dir):
     options = dict(critic_learning_rate=1e18, num_minibatches=1, update_epochs=1, total_episodes=64)
-    with pytest.raises(rlhf.UserError, match="losses or gradients are not finite at step 116"):
+    # 84 rows of stages 1 and 2, then the second iteration of 16 answers
+    with pytest.raises(rlhf.UserError, match=f"losses or gradients are not finite at step {84 + 2 * 16}"):
         rlhf.train(tiny(run_dir, **options))
 
 
@@ -615,7 +616,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ("--num-minibatches 5", "batch_size 64 does not split into 5 minibatches"),
+            ("--num-minibatches 5", "minibatches * processes = 5 must divide batch_size 64"),
             ("--width 98", "width 98 is not divisible by heads 4"),
             ("--total-episodes 10", "--total-episodes must be at least batch_size 64"),
             ("--batch-size 1", "batch_size must be at least 2"),
@@ -646,6 +647,9 @@ class TestCommandLine:
         ((name, value),) = option.items()
         with pytest.raises(ValueError, match=f"{name} cannot be {value!r}"):
             tiny(**option)
+
+    def test_in_a_notebook_the_number_of_answers_may_be_a_float(self, run_dir):
+        assert len(rlhf.train(tiny(run_dir, total_episodes=40.0))) == 2
 
     def test_ctrl_c_before_the_first_checkpoint_and_during_an_evaluation_offers_nothing(
         self, monkeypatch, run_dir

@@ -200,28 +200,6 @@ def test_an_answer_begins_as_in_the_whole_text(tmp_path):
     assert models.tokenizer.decode([*prompt.ids, *answer]) == " My lamp leaks\nWe repair it.<end>"
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # of PEFT
-def test_adapters_of_a_mixture_of_experts_are_merged(tmp_path):
-    pytest.importorskip("peft", reason="adapters need requirements-extra.txt")
-    tokenizer = save_tokenizer(tmp_path, transformers)
-    sizes = dict(
-        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
-    config = transformers.Qwen3MoeConfig(vocab_size=len(tokenizer), **ids, **sizes)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    models = rlhf.Models(tiny(model=str(tmp_path), lora_rank=2))
-    for name, x in models.actor.named_parameters():
-        if "lora_B" in name:
-            x.data.normal_(std=0.1)
-    merged, tokens = rlhf.merge_adapters(models.actor), torch.tensor([[1, 2, 3, 4]])
-    logits = models.actor(tokens).logits
-    torch.testing.assert_close(merged(tokens).logits, logits, atol=1e-4, rtol=1e-4)
-    assert (logits - models.reference(tokens).logits).abs().max() > 1e-3
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-
-
 def test_a_template_that_drops_the_prompt_keeps_the_content_of_the_answer(chat, monkeypatch):
     """Some templates render the last turn differently from its generation prompt."""
     template = TEMPLATE.replace("<assistant>{% endif", "<assistant>think{% endif")

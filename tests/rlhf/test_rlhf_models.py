@@ -127,16 +127,22 @@ class TestAdapters:
         assert (assessed.kl[answers.mask] == 0).all()
         torch.testing.assert_close(assessed.logprobs, expected.logprobs)
 
-    def test_the_merged_model_has_the_same_logits_and_no_adapters(self, kind, path):
-        models = rlhf.Models(tiny(model=path, lora_rank=2))
-        for name, x in models.actor.named_parameters():
-            if "lora_B" in name:
-                x.data.normal_(std=0.1)
-        merged, ids = rlhf.merge_adapters(models.actor), torch.tensor([[1, 2, 3, 4]])
-        logits = models.actor(ids).logits
-        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-4, rtol=1e-4)
-        assert (logits - models.reference(ids).logits).abs().max() > 0.01
-        assert not any("lora" in name for name, _ in merged.named_parameters())
+
+@pytest.mark.parametrize("kind", [*KINDS, "Qwen3Moe"])  # adapters of a mixture of experts are nested
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft on the transposed layers of GPT-2
+def test_the_merged_model_has_the_same_logits_and_no_adapters(kind, transformers, tmp_path):
+    pytest.importorskip("peft", reason="adapters need requirements-extra.txt")
+    path = save_model(tmp_path / kind, transformers, kind)
+    models = rlhf.Models(tiny(model=path, lora_rank=2))
+    for name, x in models.actor.named_parameters():
+        if "lora_B" in name:
+            x.data.normal_(std=0.1)
+    merged, ids = rlhf.merge_adapters(models.actor), torch.tensor([[1, 2, 3, 4]])
+    logits = models.actor(ids).logits
+    torch.testing.assert_close(merged(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    assert (logits - models.reference(ids).logits).abs().max() > 0.01
+    assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
 @pytest.mark.usefixtures("few_held_out")
