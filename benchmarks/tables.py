@@ -8,7 +8,6 @@ requirements-extra.txt.
 
 import csv
 import re
-from collections.abc import Callable
 from statistics import mean, median
 
 import numpy as np
@@ -121,15 +120,27 @@ def mujoco() -> str:
     return table(header, rows)
 
 
-def side_by_side(variants: dict[str, str], tasks: list[str], name: str, worst: Callable) -> str:
+def side_by_side(variants: dict[str, str], tasks: list[str], name: str) -> str:
     """Return the mean of a column for several variants, and the worst seed in brackets."""
     rows = []
     for task in tasks:
         runs = [column(variant, task, name) for variant in variants]
         if sum(map(bool, runs)) > 1:
-            cells = [f"{shown(mean(x))} ({shown(worst(x))}, {len(x)})" if x else "" for x in runs]
+            cells = [f"{shown(mean(x))} ({shown(min(x))}, {len(x)})" if x else "" for x in runs]
             rows.append([task, *cells])
     return table(" | ".join(["task", *variants.values()]), rows)
+
+
+def beside_sb3() -> str:
+    """Return evaluations and seconds of training on MuJoCo beside stable-baselines3: mean (worst, seeds)."""
+    rows = []
+    for task in tasks_of("stable-baselines3"):
+        if task in MUJOCO:
+            runs = [(column(x, task, "evaluation"), column(x, task, "seconds")) for x in SB3]
+            returns = [f"{shown(mean(x))} ({shown(min(x))}, {len(x)})" for x, _ in runs]
+            rows.append([task, *returns, *(f"{mean(x):,.0f} ({max(x):,.0f})" for _, x in runs)])
+    names = ("ppo_continuous", "stable-baselines3", "ppo_continuous, seconds", "stable-baselines3, seconds")
+    return table(" | ".join(["task", *names]), rows)
 
 
 def limits() -> str:
@@ -336,7 +347,7 @@ PEERS = {"ppo_continuous": "ppo_continuous", "ppo_penalty": "ppo_penalty", "TRPO
 PEERS |= {name: name for name in ("policy gradient", "unclipped surrogate")}
 CLIP = {"ppo_penalty": "ppo_penalty", "ppo_continuous": "ppo_continuous"}
 CLIP |= {"clip, options of ppo_penalty": "ppo_continuous, options of ppo_penalty"}
-SB3 = {"ppo_continuous": "ppo_continuous", "stable-baselines3": "stable-baselines3"}
+SB3 = {name: name for name in ("ppo_continuous", "stable-baselines3")}
 TABLES = {
     "files": files,
     "continuous": lambda: evaluations("ppo_continuous"),
@@ -345,11 +356,10 @@ TABLES = {
     "beside published": beside_published,
     "mujoco": mujoco,
     "limits": limits,
-    "penalty and clip": lambda: side_by_side(CLIP, MUJOCO, "evaluation", min),
+    "penalty and clip": lambda: side_by_side(CLIP, MUJOCO, "evaluation"),
     "table 1": table_1,
-    "ancestors": lambda: side_by_side(PEERS, PAPER_TASKS, "last_100_episodes", min),
-    "stable-baselines3": lambda: side_by_side(SB3, MUJOCO, "evaluation", min),
-    "stable-baselines3 seconds": lambda: side_by_side(SB3, MUJOCO, "seconds", max),
+    "ancestors": lambda: side_by_side(PEERS, PAPER_TASKS, "last_100_episodes"),
+    "stable-baselines3": beside_sb3,
     "controller": controller,
     "solve": solve,
     "speed": speed,
